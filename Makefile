@@ -1,0 +1,90 @@
+# `make` builds the trainer for this machine; `make demo` and `make test` are the two commands of the README.
+# Objects of each build land in build/NAME/, so that builds never mix.
+
+CXX ?= g++
+DEPS ?=
+PRECISION ?= fp32
+VENV = .venv
+PYTHON = $(VENV)/bin/python
+
+# Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
+# NaN and Inf checks.
+CXXFLAGS ?= -O3 -march=native
+LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-contract=fast -fno-math-errno -MMD -MP $(DEPS:%=-I%)
+LIBS = -ldnnl -fopenmp
+
+LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
+RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
+TESTS = $(basename $(notdir $(wildcard test/*.cpp)))
+BENCHES = $(basename $(notdir $(wildcard dev/bench/*.cpp)))
+
+comma = ,
+BUILD_fp32 = cpu
+BUILD_bf16 = cpu-bf16
+
+.PHONY: all cpu setup demo test test-cpu test-python test-long bench lint format clean
+all: cpu
+	@ln -sf build/$(BUILD_$(PRECISION))/train_gpt2 train_gpt2
+
+cpu: build/$(BUILD_$(PRECISION))/train_gpt2
+
+# One set of rules per build: its directory, its flags. $(eval) so that each build has its own pattern rules.
+define BUILD_RULES
+build/$(1)/%.o: kernels/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/runtime/%.o: runtime/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/%.o: test/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/trainer_%.o: train_%.cu Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -x c++ -c $$< -o $$@
+build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) $(RUNTIME:%=build/$(1)/runtime/%.o)
+	@rm -f $$@
+	ar rcs $$@ $$^
+build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
+	$(CXX) $(2) $$^ $(LIBS) -o $$@
+build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/liblonghand.a
+	$(CXX) $(2) $$^ $(LIBS) -o $$@
+build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/liblonghand.a
+	$(CXX) $(2) $$^ $(LIBS) -o $$@
+endef
+.SECONDARY:
+$(eval $(call BUILD_RULES,cpu,))
+$(eval $(call BUILD_RULES,cpu-bf16,-DPRECISION_BF16=1))
+$(eval $(call BUILD_RULES,cpu-asan,-g -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
+-include $(wildcard build/*/*.d build/*/*/*.d)
+
+demo:
+	@dev/setup.sh demo
+	@$(MAKE) --no-print-directory -j$$(nproc) cpu
+	@scripts/demo.sh $(TEXT)
+
+test:
+	@dev/setup.sh test
+	@python3 test/run.py
+test-cpu:
+	@dev/setup.sh test
+	@python3 test/run.py cpu cpu-bf16 asan
+test-python:
+	@dev/setup.sh test
+	@python3 test/run.py python
+test-long:
+	@dev/setup.sh test
+	@python3 test/run.py --long
+
+bench: $(BENCHES:%=build/$(BUILD_$(PRECISION))/bench_%)
+	@for bench in $^; do $$bench || exit 1; done
+
+lint:
+	@python3 dev/lint.py
+format:
+	clang-format -i $$(git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu')
+clean:
+	rm -rf build train_gpt2

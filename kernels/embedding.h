@@ -1,0 +1,33 @@
+// Token and learned-position embedding (GPT-2: wte, wpe). A model without learned positions passes wpe = null.
+//
+//   out[b,t,:] = wte[tokens[b,t],:] + wpe[p(b,t),:]       p(b,t) = positions ? positions[b,t] : position0 + t
+//
+// The sum is done in float and rounded once. Tokens and positions must be in range; loaders check them (shards.h).
+#pragma once
+#include "types.h"
+
+struct EmbeddingShape {
+    int64_t B, T, C;
+    int64_t position0 = 0;              // position of t = 0, for decoding with a KV cache
+    const int32_t* positions = nullptr; // (B,T) or null; restarts at document boundaries need it
+};
+
+// out (B,T,C) `=`. tokens (B,T). wte (Vp,C). wpe (maxT,C) or null.
+void embedding_forward(Stream stream, real* out, const int32_t* tokens, const real* wte, const real* wpe,
+                       const EmbeddingShape& shape);
+
+// dwte (Vp,C) `+=`, dwpe (maxT,C) `+=` or null. dout (B,T,C). Deterministic: rows that repeat are summed in token
+// order.
+void embedding_backward(Stream stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens,
+                        const EmbeddingShape& shape);
+
+inline Cost embedding_forward_cost(const EmbeddingShape& s, bool with_positions) {
+    double n = double(s.B) * s.T, row = double(s.C) * sizeof(real);
+    return {n * (row * (with_positions ? 2 : 1) + sizeof(int32_t)), n * row, n * s.C * (with_positions ? 1 : 0)};
+}
+
+// At worst every token is another row: one row of dout read, one float row of each table read and written.
+inline Cost embedding_backward_cost(const EmbeddingShape& s, bool with_positions) {
+    double n = double(s.B) * s.T, tables = with_positions ? 2 : 1;
+    return {n * s.C * (sizeof(real) + tables * sizeof(float)), n * s.C * tables * sizeof(float), n * s.C * tables};
+}

@@ -1,0 +1,20 @@
+// The Euclidean norm of all gradients, and the factor by which the optimizer scales them.
+//
+//   norm  = sqrt(Σ_i g_i²)
+//   scale = norm > clip > 0 ? clip / norm : 1;   NaN when norm or loss is not finite: the optimizer then does nothing
+//
+// Both stay on the device, so that a step needs no host in the middle.
+#pragma once
+#include <cstddef>
+
+#include "types.h"
+
+// norm (1) `=`. grads (n). Summed in double, or as exactly, in a fixed order for a thread count.
+// scratch: global_norm_scratch(n) bytes, 64-byte aligned.
+void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n);
+size_t global_norm_scratch(int64_t n);
+
+// scale (1) `=`. norm (1), loss (1).
+void clip_scale(Stream stream, float* scale, const float* norm, const double* loss, float clip);
+
+inline Cost global_norm_cost(int64_t n) { return {double(n) * sizeof(float), sizeof(float), 2.0 * n}; }

@@ -1,0 +1,78 @@
+// Portable SIMD for the CPU kernels: g++ vector types, as wide as the machine's registers, and the transcendental
+// functions that the layers need, since libm's vector forms come only with -ffast-math.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "types.h"
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint32_t VecBits __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * kLanes), may_alias));
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline Vec load(const bf16* p) {
+    VecHalf h;
+    memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, VecBits) << 16);
+}
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Vec v) {
+    VecBits bits = (VecBits)v;
+    VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    VecBits nan = (bits >> 16) | 0x40u;
+    VecHalf h = __builtin_convertvector(v != v ? nan : rounded, VecHalf);
+    memcpy(p, &h, sizeof h);
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+inline float sum(Vec v) {
+    float s = 0;
+    for (int i = 0; i < kLanes; i++) s += v[i];
+    return s;
+}
+inline float max(Vec v) {
+    float m = v[0];
+    for (int i = 1; i < kLanes; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// e^x within 1.5 ulp on [-87.3, 88.7]: x = n·ln2 + r, |r| <= ln2/2, a degree-6 polynomial for e^r (Cephes' expf), 2^n
+// through the exponent bits. Below -87.3 (where floats turn subnormal) it is 0, above 88.7 it is +Inf, NaN stays NaN.
+inline Vec exp(Vec x) {
+    const float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+    const float kRound = 12582912.f; // 1.5·2^23: adding it rounds to the nearest integer
+    Vec clamped = min(max(x, splat(-87.3f)), splat(88.7f));
+    Vec n = (clamped * kLog2e + kRound) - kRound;
+    Vec r = clamped - n * kLn2Hi - n * kLn2Lo;
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    // Two factors, since 2^n alone overflows at n = 128.
+    VecInt half = __builtin_convertvector(n, VecInt) >> 1, rest = __builtin_convertvector(n, VecInt) - half;
+    Vec result = p * (Vec)((half + 127) << 23) * (Vec)((rest + 127) << 23);
+    result = x < -87.3f ? Vec{} : result;
+    result = x > 88.7f ? splat(__builtin_inff()) : result;
+    return x != x ? x : result;
+}

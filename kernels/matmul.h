@@ -1,0 +1,43 @@
+// Linear layers, through oneDNN (cpu) and cuBLASLt (cuda), with bias and GELU fused where the library can.
+//
+//   forward:          pre = inp · wᵀ + bias        out = gelu(pre)
+//   backward_input:   dinp = (dout · w) ∘ gelu'(pre)      pre: what the layer *before* fed its GELU, or null
+//   backward_weight:  dw += doutᵀ · inp            dbias += Σ_n dout[n,:]
+//
+// Weights are (OC,C) row-major, as llm.c stores them. Products of bf16 are summed in float.
+#pragma once
+#include <cstddef>
+
+#include "gelu.h"
+#include "types.h"
+
+// Library handle, cache of prepared primitives, work space. One a device, opened once, used from one thread.
+struct Matmul;
+Matmul* matmul_open(Stream stream);
+void matmul_close(Matmul* mm);
+
+// out (N,OC) `=`. pre (N,OC) `=` or null: keep the pre-activation for the backward pass (kind != none only).
+// inp (N,C), w (OC,C), bias (OC) or null. No aliasing.
+void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const real* w, const real* bias, int64_t N,
+                    int64_t C, int64_t OC, Gelu kind = Gelu::none);
+
+// dinp (N,C) `=`. dout (N,OC), w (OC,C), pre (N,C) or null when kind == none. No aliasing.
+void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
+                           int64_t C, int64_t OC, Gelu kind = Gelu::none);
+
+// dw (OC,C) `+=` in float, dbias (OC) `+=` in float or null. dout (N,OC), inp (N,C). Deterministic for a thread count.
+void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dout, const real* inp, int64_t N,
+                            int64_t C, int64_t OC);
+
+inline Cost matmul_forward_cost(int64_t N, int64_t C, int64_t OC) {
+    double n = double(N), c = double(C), oc = double(OC);
+    return {(n * c + oc * c + oc) * sizeof(real), n * oc * sizeof(real), 2 * n * c * oc};
+}
+inline Cost matmul_backward_input_cost(int64_t N, int64_t C, int64_t OC) {
+    double n = double(N), c = double(C), oc = double(OC);
+    return {(n * oc + oc * c) * sizeof(real), n * c * sizeof(real), 2 * n * c * oc};
+}
+inline Cost matmul_backward_weight_cost(int64_t N, int64_t C, int64_t OC) {
+    double n = double(N), c = double(C), oc = double(OC);
+    return {(n * oc + n * c) * sizeof(real) + oc * c * sizeof(float), oc * c * sizeof(float), 2 * n * c * oc};
+}
