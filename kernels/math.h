@@ -76,3 +76,54 @@ inline Vec exp(Vec x) {
     result = x > 88.7f ? splat(__builtin_inff()) : result;
     return x != x ? x : result;
 }
+
+// The same for |x| <= 87.3 and half the instructions: no end to guard, and 2^n is read off the rounded sum's low bits.
+// NaN stays NaN.
+inline Vec exp_bounded(Vec x) {
+    const float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+    const float kRound = 12582912.f; // 1.5·2^23, as above
+    Vec shifted = x * kLog2e + kRound, n = shifted - kRound;
+    Vec r = x - n * kLn2Hi - n * kLn2Lo;
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    return p * (Vec)(((VecBits)shifted << 23) + 0x3f800000u);
+}
+
+// The standard normal distribution, by which erf(x) = 2·below(x·sqrt(2)) − 1 without losing the left tail.
+struct Normal {
+    Vec below;   // Φ(x): the probability of a value below x
+    Vec density; // Φ'(x) = exp(-x²/2) / sqrt(2π)
+};
+
+// Both within 6 ulp on [-13, Inf); below -13 they are as good as 0, NaN stays NaN.
+// Φ(-|x|) = e^(-x²/2) · R(|x|), and R (Mills' ratio over sqrt(2π)) is smooth: a degree-9 polynomial in
+// t = (|x| − 3) / (|x| + 3), fitted to 7e-9 relative on [0, 13.3] by reweighted least squares.
+inline Vec abs(Vec x) { return (Vec)((VecBits)x & 0x7fffffffu); }
+inline Normal normal_distribution(Vec x) {
+    Vec a = abs(x);
+    a = a > 13.2f ? splat(13.2f) : a; // here e^(-x²/2) leaves the normal floats; NaN compares false and stays
+    // Rounding x² would cost its tail x² half-ulps, so the square is taken in two parts: of x rounded to twelve bits,
+    // exactly, and of the rest, at most 0.026, whose exponential is a short series.
+    Vec upper = (Vec)(((VecBits)a + 0x800u) & 0xfffff000u);
+    Vec rest = (a - upper) * (a + upper) * -0.5f;
+    Vec e = exp_bounded(upper * upper * -0.5f);
+    e += e * (rest + rest * rest * (0.5f + rest * 0.166666667f));
+    Vec t = (a - 3.f) / (a + 3.f);
+    Vec p = splat(5.41589434e-05f);
+    p = p * t + 0.000116051466f;
+    p = p * t - 0.000339911756f;
+    p = p * t - 0.000984193059f;
+    p = p * t + 0.00290470058f;
+    p = p * t + 0.00613218546f;
+    p = p * t - 0.0462133139f;
+    p = p * t + 0.123225018f;
+    p = p * t - 0.206402615f;
+    p = p * t + 0.121513948f;
+    Vec tail = e * p;
+    return {x < 0.f ? tail : 1.f - tail, e * 0.398942280f};
+}

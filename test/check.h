@@ -2,11 +2,17 @@
 #pragma once
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include <doctest/doctest.h>
+#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "../kernels/types.h"
 
@@ -56,3 +62,65 @@ template <class T> void check_close(const char* name, const std::vector<T>& got,
                 std::to_string(worst) + " > bound " + std::to_string(bound);
     CHECK_MESSAGE(worst <= bound, said);
 }
+
+namespace check {
+
+// Equal to the bit, so that NaN equals itself and −0 is not 0.
+template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// Scratch as the contracts want it: 64-byte aligned and full of NaN.
+class Scratch {
+public:
+    explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 64) / 64 * 64), free) {
+        memset(data_.get(), 0xff, (bytes + 64) / 64 * 64);
+    }
+    operator void*() { return data_.get(); }
+
+private:
+    std::unique_ptr<void, void (*)(void*)> data_;
+};
+
+// Runs `body` with each number of threads; more threads than cores or rows is a case of its own.
+template <class Body> void with_threads(std::initializer_list<int> counts, Body body) {
+    const int before = omp_get_max_threads();
+    for (int count : counts) {
+        omp_set_num_threads(count);
+        body(count);
+    }
+    omp_set_num_threads(before);
+}
+
+// More elements than memory could hold, for offsets past 2^31. Untouched pages read as zero and cost nothing;
+// `mirrored` arrays may be written everywhere too: all but the last window are one and the same piece of memory, seen
+// many times.
+template <class T> class Huge {
+public:
+    explicit Huge(int64_t n, bool mirrored = false) : bytes_((n * sizeof(T) / kWindow + 1) * kWindow) {
+        const int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        void* at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, kAnonymous, -1, 0);
+        REQUIRE(at != MAP_FAILED);
+        data_ = static_cast<T*>(at);
+        madvise(at, bytes_, MADV_HUGEPAGE); // the shared huge page of zeros: a 512th of the faults
+        if (!mirrored) return;
+        int fd = memfd_create("mirrored", 0);
+        REQUIRE(fd >= 0);
+        REQUIRE(ftruncate(fd, kWindow) == 0);
+        for (size_t byte = 0; byte + 2 * kWindow <= bytes_; byte += kWindow)
+            REQUIRE(mmap(static_cast<char*>(at) + byte, kWindow, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
+                         0) != MAP_FAILED);
+        close(fd);
+    }
+    ~Huge() { munmap(data_, bytes_); }
+    Huge(const Huge&) = delete;
+    T* data() { return data_; }
+    T& operator[](int64_t i) { return data_[i]; }
+
+private:
+    static constexpr size_t kWindow = 64 << 20;
+    size_t bytes_;
+    T* data_;
+};
+
+} // namespace check

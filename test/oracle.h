@@ -2,6 +2,7 @@
 // gives values; with std::complex<double> the complex step gives derivatives to machine precision:
 // f'(x) = Im f(x + ih) / h. Nothing here is shared with the kernels.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <cstdint>
@@ -23,6 +24,21 @@ inline double erf(double x) { return std::erf(x); }
 inline Complex erf(Complex x) {
     double re = x.real();
     return {std::erf(re), x.imag() * 2 / std::sqrt(M_PI) * std::exp(-re * re)};
+}
+
+// d f() / d x for a real f that reads x, wherever x lies. The step is far below any rounding, and nothing is
+// subtracted.
+template <class F> double derivative(Complex& x, F f) {
+    constexpr double h = 1e-100;
+    const Complex kept = x;
+    x += Complex(0, h);
+    double slope = f().imag() / h;
+    x = kept;
+    return slope;
+}
+
+inline std::vector<Complex> to_complex(const std::vector<double>& v) {
+    return std::vector<Complex>(v.begin(), v.end());
 }
 
 template <class N> N gelu_tanh(N x) { return 0.5 * x * (1.0 + tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }

@@ -1,0 +1,14 @@
+// The norm of all gradients of GPT-2 124M, and of a tensor that fits the cache.
+#include "../../kernels/global_norm.h"
+
+#include "bench.h"
+
+int main() {
+    bench::Table table;
+    for (int64_t n : {int64_t(768) * 768, int64_t(124439808)}) {
+        bench::Buffer grads(n * sizeof(float)), scratch(global_norm_scratch(n));
+        float norm;
+        table.run("global norm", std::to_string(n), global_norm_cost(n),
+                  [&] { global_norm(nullptr, &norm, grads.floats(), scratch.floats(), n); });
+    }
+}

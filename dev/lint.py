@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Holds the rules of the house: formatting, the five files of every layer, what a trainer may not contain, file sizes.
+
+Prints one line for each breach and exits 1 if there was any.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_LAYERS = {"device", "ptx", "types", "launch", "common", "math"}
+MAX_LINES = 600
+MAX_TRAINER_LINES = 1200
+IN_TRAINERS = re.compile(r"__global__|<<<|\bcuda[A-Z_]\w*|^\s*#\s*(if|ifdef|ifndef|elif)\b", re.MULTILINE)
+COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+
+
+def tracked(*patterns):
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )
+    return [ROOT / name for name in sorted(listed.stdout.split("\n")) if name and (ROOT / name).exists()]
+
+
+def check_format(complain):
+    sources = [str(p) for p in tracked("*.h", "*.cpp", "*.cu")]
+    run = subprocess.run(["clang-format", "--dry-run", "-Werror", *sources], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        names = sorted({line.split(":")[0] for line in run.stderr.splitlines() if "clang-format-violations" in line})
+        for name in names or [run.stderr.strip()]:
+            complain(f"{name}: not formatted; run make format")
+
+
+def check_layers(complain):
+    """Every kernels/X.h has X.cpp, a test and a bench; once one layer has its .cu, all must."""
+    layers = sorted(p.stem for p in (ROOT / "kernels").glob("*.h") if p.stem not in NOT_LAYERS)
+    cuda = any((ROOT / "kernels").glob("*.cu"))
+    for layer in layers:
+        sources = ["cpp"] + (["cu"] if cuda else [])
+        for suffix in sources:
+            whole = ROOT / "kernels" / f"{layer}.{suffix}"
+            halves = [ROOT / "kernels" / f"{layer}_{half}.{suffix}" for half in ("forward", "backward")]
+            if not whole.exists() and not all(half.exists() for half in halves):
+                complain(f"kernels/{layer}.h: no kernels/{layer}.{suffix}")
+        for path in (f"test/{layer}.cpp", f"dev/bench/{layer}.cpp"):
+            if not (ROOT / path).exists():
+                complain(f"kernels/{layer}.h: no {path}")
+
+
+def check_text(complain):
+    for path in tracked("*.h", "*.cpp", "*.cu", "*.py", "*.sh", "Makefile", "*.md"):
+        name = path.relative_to(ROOT).as_posix()
+        text = path.read_text(encoding="utf-8")
+        lines = text.count("\n")
+        trainer = re.fullmatch(r"train_\w+\.cu", name)
+        limit = MAX_TRAINER_LINES if trainer else MAX_LINES
+        if path.suffix != ".md" and lines > limit:
+            complain(f"{name}: {lines} lines; {limit} is the limit")
+        if trainer:
+            for found in IN_TRAINERS.finditer(text):
+                line = text.count("\n", 0, found.start()) + 1
+                complain(f"{name}:{line}: a trainer may not contain {found.group().strip()!r}")
+        if path.suffix in {".h", ".cpp", ".cu"}:
+            for found in COMMENTED_OUT.finditer(text):
+                line = text.count("\n", 0, found.start()) + 1
+                complain(f"{name}:{line}: looks like commented-out code: {found.group().strip()!r}")
+        if path.name != "lint.py" and (found := UNFINISHED.search(text)):
+            line = text.count("\n", 0, found.start()) + 1
+            complain(f"{name}:{line}: {found.group()}")
+        if re.search(r"[ \t]+$", text, re.MULTILINE) and path.suffix != ".md":
+            complain(f"{name}: trailing white space")
+
+
+def check_python(complain):
+    for path in tracked("*.py"):
+        try:
+            compile(path.read_text(encoding="utf-8"), str(path), "exec")
+        except SyntaxError as error:
+            complain(f"{path.relative_to(ROOT)}:{error.lineno}: {error.msg}")
+
+
+def check_help(complain):
+    """README names no option that the trainers lack."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = (ROOT / "runtime" / "options.cpp").read_text(encoding="utf-8")
+    for option in sorted(set(re.findall(r"train_\w+ [^`\n]*", readme))):
+        for name in re.findall(r"--([a-z][a-z-]+)", option):
+            if f'"{name}"' not in table and name not in ("help", "config"):
+                complain(f"README.md: --{name} is no option of the trainers")
+
+
+def main():
+    problems = []
+    for check in (check_format, check_layers, check_text, check_python, check_help):
+        check(problems.append)
+    for problem in problems:
+        print(problem)
+    print(f"lint: {len(problems)} problems" if problems else "lint: clean")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+#include "global_norm.h"
+
+#include <cmath>
+
+#include "common.h"
+#include "math.h"
+
+namespace {
+
+constexpr int64_t kBlock = 1 << 16; // elements behind one partial sum; fixed, so that no thread count changes the norm
+
+int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+
+// Σ x², where the product of two floats is exact in double.
+double sum_of_squares(const float* x, int64_t n) {
+    typedef double Wide __attribute__((vector_size(8 * kLanes)));
+    Wide sums[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+        for (int u = 0; u < 2; u++) {
+            Wide wide = __builtin_convertvector(load(x + i + u * kLanes), Wide);
+            sums[u] += wide * wide;
+        }
+    double total = 0;
+    for (int lane = 0; lane < kLanes; lane++) total += sums[0][lane] + sums[1][lane];
+    for (; i < n; i++) total += double(x[i]) * x[i];
+    return total;
+}
+
+} // namespace
+
+size_t global_norm_scratch(int64_t n) { return blocks_of(n) * sizeof(double); }
+
+void global_norm(Stream, float* norm, const float* grads, void* scratch, int64_t n) {
+    const int64_t blocks = blocks_of(n);
+    double* sums = static_cast<double*>(scratch); // (blocks)
+    parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t block = begin; block < end; block++)
+            sums[block] = sum_of_squares(grads + block * kBlock, std::min(kBlock, n - block * kBlock));
+    });
+    double total = 0;
+    for (int64_t block = 0; block < blocks; block++) total += sums[block];
+    *norm = float(std::sqrt(total));
+}
+
+void clip_scale(Stream, float* scale, const float* norm, const double* loss, float clip) {
+    if (!std::isfinite(*norm) || !std::isfinite(*loss))
+        *scale = NAN;
+    else
+        *scale = clip > 0 && *norm > clip ? clip / *norm : 1.f;
+}

@@ -1,0 +1,242 @@
+// Linear layers through oneDNN. Every product is one matmul primitive over plain row-major memory; a transposed operand
+// is the same memory with its strides swapped, which oneDNN's blocked kernels take at full speed. (A transposed
+// *destination* is another matter: that falls back to oneDNN's reference loops, a thousand times slower.)
+#include "matmul.h"
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include <oneapi/dnnl/dnnl.hpp>
+
+#include "common.h"
+#include "math.h"
+
+namespace {
+
+using dnnl::memory;
+using Type = memory::data_type;
+
+constexpr Type kReal = sizeof(real) == sizeof(float) ? Type::f32 : Type::bf16;
+
+// One product dst (M,N) = a (M,K) · b (K,N), in oneDNN's letters, and all that decides its code.
+struct Product {
+    int64_t M, K, N;
+    bool a_transposed, b_transposed; // stored (K,M), stored (N,K)
+    bool bias;                       // + bias (N)
+    bool accumulate;                 // dst += instead of =
+    Gelu gelu;                       // applied to what is stored
+    Type type;                       // of dst; a and b are real
+    int threads;                     // oneDNN cuts the work when it prepares, not when it runs
+    int64_t a_row = 0;               // elements from one row of a to the next, when that is more than its width
+
+    auto operator<=>(const Product&) const = default;
+};
+
+struct Prepared {
+    dnnl::matmul primitive;
+    std::unordered_map<int, memory> arguments;
+    size_t scratch;
+};
+
+// oneDNN 2 describes an operation apart from its primitive and gives each element-wise step a scale of its own; oneDNN
+// 3 does neither. These two functions are all that knows.
+template <class Primitive> auto describe(const dnnl::engine& engine, const memory::desc& a, const memory::desc& b,
+                                         const memory::desc& bias, const memory::desc& dst,
+                                         const dnnl::primitive_attr& attributes) {
+    using Description = typename Primitive::primitive_desc;
+    if constexpr (requires { typename Primitive::desc; })
+        return Description(typename Primitive::desc(a, b, bias, dst), attributes, engine);
+    else
+        return Description(engine, a, b, bias, dst, attributes);
+}
+
+template <class PostOps> void append_eltwise(PostOps& steps, dnnl::algorithm algorithm) {
+    if constexpr (requires { steps.append_eltwise(1.f, algorithm, 0.f, 0.f); })
+        steps.append_eltwise(1.f, algorithm, 0.f, 0.f);
+    else
+        steps.append_eltwise(algorithm, 0.f, 0.f);
+}
+
+memory::desc matrix(int64_t rows, int64_t columns, Type type, bool transposed, int64_t row = 0) {
+    memory::dims strides = transposed ? memory::dims{1, row ? row : rows} : memory::dims{row ? row : columns, 1};
+    return memory::desc({rows, columns}, type, strides);
+}
+
+Prepared prepare(const dnnl::engine& engine, const Product& p) {
+    memory::desc a = matrix(p.M, p.K, kReal, p.a_transposed, p.a_row), b = matrix(p.K, p.N, kReal, p.b_transposed);
+    memory::desc bias = p.bias ? matrix(1, p.N, kReal, false) : memory::desc(), dst = matrix(p.M, p.N, p.type, false);
+    dnnl::post_ops steps;
+    if (p.accumulate) steps.append_sum(1.f);
+    if (p.gelu == Gelu::tanh) append_eltwise(steps, dnnl::algorithm::eltwise_gelu_tanh);
+    if (p.gelu == Gelu::erf) append_eltwise(steps, dnnl::algorithm::eltwise_gelu_erf);
+    dnnl::primitive_attr attributes;
+    attributes.set_post_ops(steps);
+    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+    try {
+        auto description = describe<dnnl::matmul>(engine, a, b, bias, dst, attributes);
+        memory::desc scratch = description.scratchpad_desc();
+        std::unordered_map<int, memory> arguments = {{DNNL_ARG_SRC, memory(a, engine, nullptr)},
+                                                     {DNNL_ARG_WEIGHTS, memory(b, engine, nullptr)},
+                                                     {DNNL_ARG_DST, memory(dst, engine, nullptr)},
+                                                     {DNNL_ARG_SCRATCHPAD, memory(scratch, engine, nullptr)}};
+        if (p.bias) arguments.emplace(DNNL_ARG_BIAS, memory(bias, engine, nullptr));
+        return {dnnl::matmul(description), std::move(arguments), scratch.get_size()};
+    } catch (const dnnl::error& e) {
+        throw std::runtime_error("matmul: oneDNN cannot multiply (" + std::to_string(p.M) + "x" + std::to_string(p.K) +
+                                 ") by (" + std::to_string(p.K) + "x" + std::to_string(p.N) + ") in " + kPrecision +
+                                 " on this CPU: " + e.what() +
+                                 (kReal == Type::bf16 ? "; build with PRECISION=fp32" : ""));
+    }
+}
+
+// dbias (OC) += Σ_n dout[n,:]. Rows are taken eight at a time, so that a sum costs an eighth of a load and a store, and
+// added to a float total a thread (so small sums never meet a large dbias one by one).
+constexpr int64_t kRows = 8;
+
+// total (columns) += Σ rows of dout, dout's rows OC apart.
+void add_rows(float* total, const real* dout, int64_t rows, int64_t columns, int64_t OC) {
+    for (int64_t n = 0; n < rows; n += kRows) {
+        int64_t left = std::min(kRows, rows - n);
+        const real* row = dout + n * OC;
+        int64_t c = 0;
+        if (left == kRows)
+            for (; c + kLanes <= columns; c += kLanes) {
+                Vec low = (load(row + c) + load(row + c + OC)) + (load(row + c + 2 * OC) + load(row + c + 3 * OC));
+                Vec high = (load(row + c + 4 * OC) + load(row + c + 5 * OC)) +
+                           (load(row + c + 6 * OC) + load(row + c + 7 * OC));
+                store(total + c, load(total + c) + (low + high));
+            }
+        for (; c < columns; c++) {
+            float s = 0;
+            for (int64_t i = 0; i < left; i++) s += to_float(row[i * OC + c]);
+            total[c] += s;
+        }
+    }
+}
+
+} // namespace
+
+struct Matmul {
+    dnnl::engine engine{dnnl::engine::kind::cpu, 0};
+    dnnl::stream stream{engine};
+    std::map<Product, Prepared> cache;
+    std::unique_ptr<char, decltype(&std::free)> scratch{nullptr, std::free};
+    size_t scratch_bytes = 0;
+
+    // bytes of work space, aligned to a cache line; what it held is lost.
+    void* work_space(size_t bytes) {
+        if (bytes > scratch_bytes) {
+            scratch_bytes = (bytes + 63) / 64 * 64;
+            scratch.reset(); // before the new one, so that both never exist together
+            scratch.reset(static_cast<char*>(std::aligned_alloc(64, scratch_bytes)));
+            if (!scratch) throw std::bad_alloc();
+        }
+        return scratch.get();
+    }
+
+    void run(void* dst, const real* a, const real* b, const real* bias, const Product& p) {
+        auto found = cache.find(p);
+        if (found == cache.end()) {
+            // A training step has a few dozen shapes; only prompts of ever new lengths could fill memory with code.
+            constexpr size_t kMostShapes = 512;
+            if (cache.size() >= kMostShapes) cache.clear();
+            found = cache.emplace(p, prepare(engine, p)).first;
+        }
+        Prepared& prepared = found->second;
+        auto point = [&](int argument, const void* data) {
+            prepared.arguments.at(argument).set_data_handle(const_cast<void*>(data));
+        };
+        point(DNNL_ARG_SRC, a), point(DNNL_ARG_WEIGHTS, b), point(DNNL_ARG_DST, dst);
+        point(DNNL_ARG_SCRATCHPAD, work_space(prepared.scratch));
+        if (p.bias) point(DNNL_ARG_BIAS, bias);
+        prepared.primitive.execute(stream, prepared.arguments);
+        stream.wait();
+    }
+};
+
+Matmul* matmul_open(Stream) { return new Matmul; }
+void matmul_close(Matmul* mm) { delete mm; }
+
+void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const real* w, const real* bias, int64_t N,
+                    int64_t C, int64_t OC, Gelu kind) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_forward: a negative N, or C or OC below 1");
+    require(!pre || kind != Gelu::none, "matmul_forward: without a GELU there is no pre-activation apart from out");
+    if (N == 0) return;
+    Product p{.M = N,
+              .K = C,
+              .N = OC,
+              .a_transposed = false,
+              .b_transposed = true,
+              .bias = bias != nullptr,
+              .accumulate = false,
+              .gelu = pre ? Gelu::none : kind,
+              .type = kReal,
+              .threads = omp_get_max_threads()};
+    mm->run(pre ? pre : out, inp, w, bias, p);
+    if (pre) gelu_forward(nullptr, out, pre, N * OC, kind);
+}
+
+void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
+                           int64_t C, int64_t OC, Gelu kind) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_backward_input: a negative N, or C or OC below 1");
+    require((pre != nullptr) == (kind != Gelu::none), "matmul_backward_input: a GELU needs pre, and only a GELU does");
+    if (N == 0) return;
+    // Over the 50304 logits oneDNN's float kernel loses a fifth of its speed to a sum that long (it keeps all of w in
+    // flight); summed in runs that fit the cache it does not. bf16 shows no such loss, and could not hold the partial
+    // sums in dinp anyway.
+    constexpr int64_t kLongestSum = 4096;
+    int64_t parts = kReal == Type::f32 ? (OC + kLongestSum - 1) / kLongestSum : 1;
+    for (int64_t part = 0; part < parts; part++) {
+        Range r = split_range(OC, parts, part, 64);
+        if (r.begin == r.end) continue;
+        Product p{.M = N,
+                  .K = r.end - r.begin,
+                  .N = C,
+                  .a_transposed = false,
+                  .b_transposed = false,
+                  .bias = false,
+                  .accumulate = part > 0,
+                  .gelu = Gelu::none,
+                  .type = kReal,
+                  .threads = omp_get_max_threads(),
+                  .a_row = OC};
+        mm->run(dinp, dout + r.begin, w + r.begin * C, nullptr, p);
+    }
+    if (kind != Gelu::none) gelu_backward(nullptr, dinp, dinp, pre, N * C, kind);
+}
+
+void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dout, const real* inp, int64_t N,
+                            int64_t C, int64_t OC) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_backward_weight: a negative N, or C or OC below 1");
+    if (N == 0) return;
+    Product p{.M = OC,
+              .K = N,
+              .N = C,
+              .a_transposed = true,
+              .b_transposed = false,
+              .bias = false,
+              .accumulate = true,
+              .gelu = Gelu::none,
+              .type = Type::f32,
+              .threads = omp_get_max_threads()};
+    mm->run(dw, dout, inp, nullptr, p);
+    if (!dbias) return;
+
+    // Wide rows are cut into columns, a run for each thread: nobody's sums meet. Narrow ones are cut into rows, and the
+    // threads' totals are added in order.
+    int threads = p.threads;
+    bool by_columns = OC >= 256 * int64_t(threads);
+    float* totals = static_cast<float*>(mm->work_space(size_t(OC) * (by_columns ? 1 : threads) * sizeof(float)));
+    memset(totals, 0, size_t(OC) * (by_columns ? 1 : threads) * sizeof(float));
+    parallel_ranges(by_columns ? OC : N, by_columns ? 64 : kRows, [&](int64_t begin, int64_t end, int thread) {
+        if (by_columns)
+            add_rows(totals + begin, dout + begin, N, end - begin, OC);
+        else
+            add_rows(totals + thread * OC, dout + begin * OC, end - begin, OC, OC);
+    });
+    for (int thread = 0; thread < (by_columns ? 1 : threads); thread++)
+        for (int64_t c = 0; c < OC; c++) dbias[c] += totals[thread * OC + c];
+}

@@ -1,0 +1,54 @@
+// Checkpoints that survive whatever happens to the machine.
+//
+// RUN/step_00000100/ holds the parts (model.bin, …) and manifest.json: the meta data, and size and XXH3 of every part
+// and of the manifest itself. It is written as RUN/.step_00000100.tmp, every file fsynced, then renamed whole and the
+// run folder fsynced. So a folder with a final name is whole, unless somebody harmed it since: then its hashes tell,
+// it is named and skipped, and the one before it is used.
+//
+// Two hidden names can stay behind after a kill. `.step_N.tmp` is half written or half removed, is never read, and goes
+// with the next save. `.step_N.old` is a whole checkpoint that a new one of the same step was about to replace: it
+// counts as step N until that has happened.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "files.h"
+
+struct CheckpointPart {
+    std::string name;                       // "model.bin"
+    uint64_t bytes;                         // exactly what write() will write; the disk-space check relies on it
+    std::function<void(FileWriter&)> write; // called once
+};
+
+struct Checkpoint {
+    std::string path; // RUN/step_00000100
+    int64_t step;
+    nlohmann::json meta;
+
+    std::string part(const std::string& name) const { return path + "/" + name; }
+};
+
+// Checks the disk has room for all parts (plus 16 MiB), writes, renames, then removes the oldest whole checkpoints
+// until `keep` are left (0 keeps all). A failure throws RunFailed, removes what it had written, and leaves every
+// earlier checkpoint untouched. If step's folder exists already (a resumed run saves again), it is replaced whole.
+//
+// Before anything is removed, the newer ones that stay in its place are read and hashed, so that a harmed one never
+// counts; harmed and foreign folders are left where they are. An old checkpoint that cannot be removed is no failure of
+// the save: the next save tries again.
+void save_checkpoint(const std::string& run, int64_t step, const std::vector<CheckpointPart>& parts,
+                     const nlohmann::json& meta, int64_t keep);
+
+// The newest checkpoint of a run folder whose every part has its size and hash. Harmed ones are reported through
+// `warn`, one line each, and left where they are. None: empty.
+std::optional<Checkpoint> newest_checkpoint(const std::string& run,
+                                            const std::function<void(const std::string&)>& warn);
+
+// One checkpoint folder, verified; throws BadInput naming what is wrong.
+Checkpoint open_checkpoint(const std::string& path);
+
+std::string checkpoint_name(int64_t step); // step_00000100

@@ -1,0 +1,37 @@
+// The machine that layers run on: its stream, its library handles and its memory. A trainer opens one and passes it on.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "../kernels/matmul.h"
+#include "../kernels/types.h"
+
+struct Device {
+    Stream stream = nullptr;
+    Matmul* matmul = nullptr;
+    int threads = 0;
+    double peak_flops = 0; // matmul rate of this machine and precision, measured at opening
+
+    // threads 0: all cores. Says so on stderr if only one thread runs.
+    explicit Device(int64_t threads);
+    ~Device();
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+};
+
+// "cpu fp32, AMD EPYC, 2 threads": the first line of a run.
+std::string device_line(const Device& device);
+
+// Zeroed device memory, 4 KiB aligned; throws RunFailed naming the size if there is not that much. Pages are taken when
+// first touched.
+void* device_alloc(size_t bytes);
+void device_free(void* pointer, size_t bytes);
+
+// Copies between host and device and fills; ordered on the stream, download() waits for its data.
+void upload(const Device& device, void* to, const void* from, size_t bytes);
+void download(const Device& device, void* to, const void* from, size_t bytes);
+void fill_zero(const Device& device, void* to, size_t bytes);
+
+// Most memory this process has had resident, in bytes.
+size_t peak_resident_bytes();

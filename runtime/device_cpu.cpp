@@ -1,0 +1,89 @@
+#include "device.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <thread>
+#include <vector>
+
+#include <omp.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+#include "errors.h"
+
+static double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// The best of a few large square products: what a step could reach if it did nothing else.
+static double measure_peak(Matmul* mm) {
+    const int64_t n = 1024;
+    std::vector<real> a(n * n), b(n * n), c(n * n);
+    for (real& x : a) assign(x, 0.5f);
+    for (real& x : b) assign(x, 0.25f);
+    double best = 0, begin = seconds();
+    for (int run = 0; run < 3 || (run < 50 && seconds() - begin < 0.2); run++) {
+        double start = seconds();
+        matmul_forward(mm, c.data(), nullptr, a.data(), b.data(), nullptr, n, n, n);
+        best = std::max(best, matmul_forward_cost(n, n, n).flops / (seconds() - start));
+    }
+    return best;
+}
+
+Device::Device(int64_t wanted) {
+    if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
+#pragma omp parallel
+#pragma omp single
+    threads = omp_get_num_threads();
+    if (threads == 1)
+        fprintf(stderr, "warning: running on one thread of %u; --threads or OMP_NUM_THREADS set the number\n",
+                std::thread::hardware_concurrency());
+    matmul = matmul_open(stream);
+    peak_flops = measure_peak(matmul);
+}
+
+Device::~Device() { matmul_close(matmul); }
+
+std::string device_line(const Device& device) {
+    std::string name = "unknown processor", line;
+    for (std::ifstream info("/proc/cpuinfo"); std::getline(info, line);)
+        if (line.rfind("model name", 0) == 0) {
+            name = line.substr(line.find(':') + 2);
+            break;
+        }
+    char peak[64];
+    snprintf(peak, sizeof peak, "%.0f GFLOP/s measured", device.peak_flops / 1e9);
+    return std::string("cpu ") + kPrecision + ", " + name + ", " + std::to_string(device.threads) +
+           (device.threads == 1 ? " thread, " : " threads, ") + peak;
+}
+
+void* device_alloc(size_t bytes) {
+    void* pointer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pointer == MAP_FAILED)
+        throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of memory: " + strerror(errno));
+    // Without huge pages a step spends several percent of its time in TLB misses.
+    madvise(pointer, bytes, MADV_HUGEPAGE);
+    return pointer;
+}
+
+void device_free(void* pointer, size_t bytes) { munmap(pointer, bytes); }
+
+void upload(const Device&, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+void download(const Device&, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+
+void fill_zero(const Device&, void* to, size_t bytes) {
+    const size_t kPage = 4096;
+    int64_t pages = (bytes + kPage - 1) / kPage;
+#pragma omp parallel for schedule(static)
+    for (int64_t page = 0; page < pages; page++)
+        memset(static_cast<char*>(to) + page * kPage, 0, std::min(kPage, bytes - page * kPage));
+}
+
+size_t peak_resident_bytes() {
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return static_cast<size_t>(usage.ru_maxrss) * 1024;
+}

@@ -1,0 +1,94 @@
+// Files that cannot lie: reading with checked bounds, writing with every error caught, fsynced and renamed whole. All
+// offsets are 64-bit.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+// A whole file, mapped read-only. Throws BadInput naming the file if it cannot be opened or mapped, or is no regular
+// file. Move-only.
+class MappedFile {
+public:
+    explicit MappedFile(const std::string& path);
+    ~MappedFile();
+    MappedFile(MappedFile&& other) noexcept;
+    MappedFile& operator=(MappedFile&& other) noexcept;
+
+    const std::string& path() const { return path_; }
+    size_t size() const { return size_; }
+    // `bytes` bytes at `offset`; throws BadInput naming the file and both numbers if the file is shorter.
+    const unsigned char* at(size_t offset, size_t bytes) const;
+
+    // Hints for files much larger than memory, of which small ranges are read in no order: no reading ahead of what was
+    // asked for; one request for a whole range about to be read; pages read once do not stay in this process's resident
+    // set (they stay in the page cache).
+    void expect_random_reads() const;
+    void will_read(size_t offset, size_t bytes) const;
+    void done_with(size_t offset, size_t bytes) const;
+
+private:
+    std::string path_;
+    const unsigned char* data_ = nullptr; // (size_)
+    size_t size_ = 0;
+};
+
+// Buffered writing to one new file; hashes what it writes. Every failure (disk full included) throws RunFailed naming
+// the file. close() flushes and fsyncs; a file destroyed without close() is an unfinished one and is removed.
+// A process with a file size limit (ulimit -f) must ignore SIGXFSZ to get the error and not the signal.
+class FileWriter {
+public:
+    explicit FileWriter(const std::string& path);
+    ~FileWriter();
+    FileWriter(const FileWriter&) = delete;
+    FileWriter& operator=(const FileWriter&) = delete;
+
+    void write(const void* data, size_t bytes);
+    void close();
+    uint64_t bytes() const { return bytes_; }
+    uint64_t hash() const; // XXH3 of everything written so far
+
+private:
+    struct Hasher;
+
+    std::string path_;
+    int fd_ = -1;
+    uint64_t bytes_ = 0;
+    std::vector<unsigned char> buffer_; // what no system call has taken yet
+    std::unique_ptr<Hasher> hasher_;
+    void flush();
+    void write_out(const unsigned char* data, size_t bytes);
+};
+
+// XXH3, 64 bits.
+uint64_t bytes_hash(const void* data, size_t bytes);
+
+// XXH3 of a mapped file's bytes.
+uint64_t file_hash(const MappedFile& file);
+
+// Size and XXH3 of a file, read through read() and not through a mapping: a disk error under a mapping is a SIGBUS,
+// here it is BadInput, and a harmed checkpoint must not take the run down with it.
+struct FileSum {
+    uint64_t bytes, hash;
+};
+FileSum file_sum(const std::string& path);
+
+// A whole small file. Throws BadInput if it cannot be read or is larger than `most` bytes.
+std::string read_small_file(const std::string& path, size_t most);
+
+// Writes text beside `path`, fsyncs, renames it there and fsyncs the folder.
+void write_file_whole(const std::string& path, const std::string& text);
+
+// rename() that throws RunFailed.
+void rename_path(const std::string& from, const std::string& to);
+
+// fsync of a folder, so that a rename in it survives a power cut.
+void sync_folder(const std::string& path);
+
+// Bytes that an unprivileged writer can still put on the file system that holds `path`.
+uint64_t free_disk_bytes(const std::string& path);
+
+// Paths that match a shell glob, sorted; a file that has exactly this name is taken as it is, even if it holds glob
+// characters. Throws BadInput if nothing matches.
+std::vector<std::string> expand_glob(const std::string& pattern);

@@ -1,0 +1,358 @@
+#include "loop.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+
+#include <sys/stat.h>
+
+#include "errors.h"
+#include "log.h"
+#include "outliers.h"
+#include "random.h"
+#include "sampler.h"
+#include "schedule.h"
+#include "shards.h"
+#include "signals.h"
+#include "tokenizer.h"
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+static double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }
+
+Start find_start(const Options& options) {
+    Start start;
+    if (options.resume) start.resume = newest_checkpoint(options.out, warn);
+    if (start.resume) {
+        start.weights = start.resume->part("model.bin");
+    } else if (fs::is_directory(options.init)) {
+        bool is_checkpoint = fs::exists(options.init + "/manifest.json");
+        std::optional<Checkpoint> found =
+            is_checkpoint ? open_checkpoint(options.init) : newest_checkpoint(options.init, warn);
+        if (!found) throw BadInput(options.init + ": no whole checkpoint in this folder");
+        start.weights = found->part("model.bin");
+    } else {
+        start.weights = options.init;
+    }
+    return start;
+}
+
+int64_t choose_vocab(const Options& options, int64_t family_vocab) {
+    if (options.vocab) return options.vocab;
+    return options.tokenizer.empty() ? family_vocab : Tokenizer(options.tokenizer).size();
+}
+
+// Decodes where there is a tokenizer, else writes the ids. Refuses a tokenizer larger than the model.
+class Text {
+public:
+    Text(const Options& options, int64_t V) {
+        if (options.tokenizer.empty()) return;
+        tokenizer_ = std::make_unique<Tokenizer>(options.tokenizer);
+        if (tokenizer_->size() > V)
+            throw BadInput(options.tokenizer + ": " + std::to_string(tokenizer_->size()) +
+                           " tokens, but the model has only " + std::to_string(V));
+    }
+    std::string decode(const std::vector<int32_t>& ids) const {
+        if (tokenizer_) return valid_utf8(tokenizer_->decode(ids));
+        std::string text;
+        for (int32_t id : ids) text += (text.empty() ? "" : " ") + std::to_string(id);
+        return text;
+    }
+    // What a sample without a prompt starts from: end of text, which stands before every document.
+    int32_t first_token(int64_t V) const {
+        int32_t id = tokenizer_ ? tokenizer_->end_of_text() : -1;
+        return id >= 0 ? id : static_cast<int32_t>(V - 1);
+    }
+
+private:
+    std::unique_ptr<Tokenizer> tokenizer_;
+};
+
+static std::string generate(const Options& options, Model& model, const Text& text, uint64_t stream) {
+    int64_t V = model.vocab(), T = model.context();
+    std::vector<int32_t> ids = options.prompt_tokens;
+    bool prompted = !ids.empty();
+    if (!prompted) ids = {text.first_token(V)};
+    for (int32_t id : ids)
+        if (id < 0 || id >= V)
+            throw BadInput("--prompt-tokens: " + std::to_string(id) + " is not below the vocabulary of " +
+                           std::to_string(V));
+    std::vector<float> logits(V);
+    int64_t window = 0, cached = 0; // rows of ids[window…] that the model has seen
+    for (int64_t i = 0; i < options.sample_tokens; i++) {
+        int64_t size = static_cast<int64_t>(ids.size());
+        if (size - window > T) window = size - (T + 1) / 2, cached = 0; // full: go on from the newest half
+        model.next_logits(&ids[window + cached], cached, size - window - cached, logits.data());
+        cached = size - window;
+        double u = random_uniform(options.seed, stream, i);
+        ids.push_back(sample_token(logits.data(), V, options.temperature, options.top_k, u));
+    }
+    if (!prompted) ids.erase(ids.begin());
+    return text.decode(ids);
+}
+
+// Random streams of a run, apart from the weights' (the tensor's number): one for each use and step.
+constexpr uint64_t kSampleStream = uint64_t(1) << 40;
+
+// Mean loss over the first windows of the validation set, always the same ones.
+class Validation {
+public:
+    Validation(const Options& options, const Model& model)
+        : windows_(options.val, model.context(), model.vocab()), T_(model.context()), B_(options.batch) {
+        count_ = windows_.count();
+        if (options.val_tokens) count_ = std::min(count_, std::max<int64_t>(1, options.val_tokens / T_));
+        tokens_.resize(B_ * T_);
+        targets_.resize(B_ * T_);
+    }
+    double mean_loss(Model& model) {
+        model.clear(false);
+        for (int64_t first = 0; first < count_; first += B_) {
+            int64_t B = std::min(B_, count_ - first);
+            for (int64_t b = 0; b < B; b++) windows_.read(first + b, &tokens_[b * T_], &targets_[b * T_]);
+            model.evaluate(tokens_.data(), targets_.data(), B, 1.0 / (double(count_) * T_));
+        }
+        return model.loss();
+    }
+
+private:
+    Windows windows_;
+    int64_t T_, B_, count_;
+    std::vector<int32_t> tokens_, targets_;
+};
+
+namespace {
+
+// One run: its position, which a checkpoint holds, and what the habits need.
+class Run {
+public:
+    Run(Options& options, const Device& device, Model& model, const Start& start);
+    void steps();
+
+private:
+    Options& options_;
+    const Device& device_;
+    Model& model_;
+    Text text_;
+    std::unique_ptr<Loader> loader_;
+    std::unique_ptr<Validation> validation_;
+    std::unique_ptr<RunLog> log_;
+    Progress progress_;
+    double began_ = seconds();
+
+    // The position.
+    int64_t step_ = 0, updates_ = 0, skips_ = 0, saved_ = -1;
+    OutlierWindow losses_, norms_;
+
+    bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
+    void resume(const Checkpoint& from);
+    void one_step();
+    std::string reason_to_skip(double loss, double norm, double& z) const;
+    void validate();
+    void sample();
+    void save();
+    void log_save();
+    void stop_if_asked();
+    int64_t tokens() const { return step_ * options_.tokens_per_step; }
+    Schedule schedule() const {
+        return {options_.schedule, options_.lr,     options_.lr * options_.final_lr,
+                options_.steps,    options_.warmup, options_.decay_steps};
+    }
+};
+
+Run::Run(Options& options, const Device& device, Model& model, const Start& start)
+    : options_(options), device_(device), model_(model), text_(options, model.vocab()) {
+    int64_t micro = options.batch * model.context();
+    options.context = model.context();
+    if (!options.tokens_per_step) options.tokens_per_step = micro;
+    if (options.tokens_per_step % micro)
+        throw BadInput("--tokens-per-step " + std::to_string(options.tokens_per_step) +
+                       " is not a multiple of batch x context, " + std::to_string(micro));
+    if (!options.train.empty())
+        loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
+    if (options.steps < 0) options.steps = loader_->windows_per_epoch() / (options.tokens_per_step / model.context());
+    if (options.warmup < 0) options.warmup = options.steps / 100;
+    if (options.decay_steps < 0) options.decay_steps = options.steps / 5;
+    if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model);
+
+    std::error_code error;
+    fs::create_directories(options.out, error);
+    if (error) throw BadInput("--out " + options.out + ": " + error.message());
+    write_file_whole(options.out + "/options.toml", options_toml(options));
+    int64_t keep_bytes = start.resume ? start.resume->meta.at("log_bytes").get<int64_t>() : 0;
+    log_ = std::make_unique<RunLog>(options.out + "/log.jsonl", keep_bytes);
+    if (start.resume) resume(*start.resume);
+}
+
+void Run::resume(const Checkpoint& from) {
+    const json& meta = from.meta;
+    if (meta.at("precision") != kPrecision)
+        throw BadInput(from.path + ": from a " + meta.at("precision").get<std::string>() + " build, this one is " +
+                       kPrecision + "; resume with the other, or start a new run with --init " + from.path);
+    step_ = saved_ = from.step;
+    updates_ = meta.at("updates");
+    skips_ = meta.at("skips");
+    losses_.restore(meta.at("losses"));
+    norms_.restore(meta.at("norms"));
+    if (loader_) loader_->restore(meta.at("loader"));
+    read_state(device_, MappedFile(from.part("optimizer.bin")), model_.tensors());
+    if (due(options_.save_every) || step_ == options_.steps) log_save();
+    progress_.say("resumed " + from.path);
+}
+
+void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
+
+void Run::save() {
+    if (saved_ == step_) return;
+    log_->sync();
+    json meta = {{"log_bytes", log_->bytes()}, {"updates", updates_},     {"skips", skips_},
+                 {"losses", losses_.state()},  {"norms", norms_.state()}, {"precision", kPrecision},
+                 {"model", model_.describe()}};
+    if (loader_) meta["loader"] = loader_->state();
+    Tensors& tensors = model_.tensors();
+    std::vector<CheckpointPart> parts = {
+        {"model.bin", model_.file_bytes(), [&](FileWriter& file) { model_.write_file(file); }},
+        {"optimizer.bin", state_bytes(tensors), [&](FileWriter& file) { write_state(device_, file, tensors); }}};
+    save_checkpoint(options_.out, step_, parts, meta, options_.keep);
+    saved_ = step_;
+    log_save();
+}
+
+void Run::validate() {
+    if (!validation_) return;
+    double loss = validation_->mean_loss(model_);
+    log_->write({{"event", "val"}, {"step", step_}, {"loss", loss}, {"tokens", tokens()}});
+    char line[64];
+    snprintf(line, sizeof line, "step %lld: val loss %.4f", static_cast<long long>(step_), loss);
+    progress_.say(line);
+}
+
+void Run::sample() {
+    std::string text = generate(options_, model_, text_, kSampleStream + step_);
+    log_->write({{"event", "sample"}, {"step", step_}, {"text", text}});
+    progress_.say("step " + std::to_string(step_) + " sample:\n" + text);
+}
+
+void Run::stop_if_asked() {
+    std::string why;
+    if (int signal = stop_signal()) why = std::string("signal ") + strsignal(signal);
+    if (options_.max_hours > 0 && seconds() - began_ > options_.max_hours * 3600) why = "--max-hours";
+    if (why.empty() || step_ >= options_.steps) return;
+    save();
+    log_->write({{"event", "end"}, {"step", step_}, {"reason", why}});
+    progress_.finish();
+    throw Failure(kStopped, "stopped at step " + std::to_string(step_) + " (" + why + "); go on with: --out " +
+                                options_.out + " --resume");
+}
+
+std::string Run::reason_to_skip(double loss, double norm, double& z) const {
+    if (!std::isfinite(loss)) return "non-finite loss";
+    if (!std::isfinite(norm)) return "non-finite gradient";
+    z = std::max(losses_.score(loss), norms_.score(norm));
+    if (options_.skip_z > 0 && z > options_.skip_z) return "outlier";
+    return "";
+}
+
+void Run::one_step() {
+    double start = seconds();
+    int64_t B = options_.batch, T = options_.context, micro_steps = options_.tokens_per_step / (B * T);
+    std::vector<int32_t> tokens(B * T), targets(B * T);
+    model_.clear(true);
+    for (int64_t i = 0; i < micro_steps; i++) {
+        loader_->next(tokens.data(), targets.data(), B);
+        model_.accumulate(tokens.data(), targets.data(), B, 1.0 / options_.tokens_per_step);
+    }
+    model_.measure_gradients(options_.clip);
+    double loss = model_.loss(), norm = model_.grad_norm(), z = 0;
+    double lr = learning_rate(schedule(), step_);
+    std::string skip = reason_to_skip(loss, norm, z);
+    step_++;
+    if (skip.empty()) {
+        updates_++;
+        skips_ = 0;
+        losses_.accept(loss);
+        norms_.accept(norm);
+        model_.update({float(lr), float(options_.beta1), float(options_.beta2), float(options_.eps),
+                       float(options_.weight_decay), updates_});
+        double took = seconds() - start;
+        double flops = model_.step_cost(B).flops * micro_steps;
+        double rate = options_.tokens_per_step / took, percent = 100 * flops / took / device_.peak_flops;
+        log_->write({{"event", "step"},
+                     {"step", step_},
+                     {"loss", loss},
+                     {"lr", lr},
+                     {"grad_norm", norm},
+                     {"tokens", this->tokens()},
+                     {"tokens_per_second", rate},
+                     {"ms", took * 1e3},
+                     {"peak_percent", percent}});
+        progress_.step({step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
+    } else {
+        skips_++;
+        log_->write(
+            {{"event", "skip"}, {"step", step_}, {"reason", skip}, {"loss", loss}, {"grad_norm", norm}, {"z", z}});
+        progress_.say("step " + std::to_string(step_) + ": update skipped, " + skip);
+        if (skips_ >= options_.max_skips)
+            throw RunFailed(
+                std::to_string(skips_) + " updates in a row were skipped (" + skip + "), the last at step " +
+                std::to_string(step_) + "; " +
+                (saved_ >= 0 ? "the newest checkpoint is " + checkpoint_name(saved_) : "there is no checkpoint yet") +
+                "; try a lower --lr");
+    }
+}
+
+void Run::steps() {
+    if (saved_ < 0 && step_ < options_.steps && options_.val_every > 0) validate();
+    while (step_ < options_.steps) {
+        one_step();
+        bool last = step_ == options_.steps;
+        if (due(options_.val_every) || (last && options_.val_every > 0)) validate();
+        if (due(options_.sample_every)) sample();
+        if (due(options_.save_every)) save();
+        stop_if_asked();
+    }
+    save();
+    log_->write({{"event", "end"}, {"step", step_}, {"reason", "done"}});
+    progress_.finish();
+    printf("done: %lld steps, %s, peak memory %.2f GiB, checkpoint %s/%s\n", static_cast<long long>(step_),
+           format_duration(seconds() - began_).c_str(), double(peak_resident_bytes()) / (1 << 30), options_.out.c_str(),
+           checkpoint_name(step_).c_str());
+}
+
+} // namespace
+
+void train(Options& options, const Device& device, Model& model, const Start& start) {
+    catch_stop_signals();
+    printf("%s\n%s\n", device_line(device).c_str(), model.describe().c_str());
+    Run(options, device, model, start).steps();
+}
+
+void evaluate(const Options& options, Model& model) {
+    if (options.eval == "loss") {
+        printf("val_loss %.6f\n", Validation(options, model).mean_loss(model));
+    } else {
+        Text text(options, model.vocab());
+        printf("%s\n", generate(options, model, text, kSampleStream).c_str());
+    }
+}
+
+int run_program(const char* name, const std::function<void()>& body) {
+    try {
+        body();
+        return kDone;
+    } catch (const Failure& failure) {
+        fprintf(stderr, "%s: %s\n", name, failure.what());
+        return failure.exit_code;
+    } catch (const std::exception& error) {
+        fprintf(stderr, "%s: %s\n", name, error.what());
+        return kRunFailed;
+    }
+}

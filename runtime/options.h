@@ -1,0 +1,68 @@
+// The trainers' options: one table from which parsing, --help, options.toml and the rules of a resume all come.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct Options {
+    // model
+    std::string model, init;
+    int64_t vocab = 0; // 0: the tokenizer's size, else the family's own
+    // data
+    std::string train, val, tokenizer;
+    std::vector<int32_t> prompt_tokens;
+    // run
+    std::string out;
+    bool resume = false;
+    int64_t steps = -1; // -1: one epoch
+    uint64_t seed = 1337;
+    int64_t threads = 0; // 0: all cores
+    // batch
+    int64_t context = 0, batch = 1, tokens_per_step = 0; // context 0: the model's own; tokens_per_step 0: batch·context
+    // optimizer
+    double lr = 6e-4;
+    int64_t warmup = -1; // -1: a hundredth of the steps
+    std::string schedule = "cosine";
+    int64_t decay_steps = -1; // wsd; -1: a fifth of the steps
+    double final_lr = 0.1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1;
+    double skip_z = 0;      // 0: off
+    int64_t max_skips = 10; // skipped updates in a row that end the run
+    // habits; 0 turns each off
+    int64_t val_every = 250, val_tokens = 1 << 17; // val_tokens 0: all
+    int64_t sample_every = 500, sample_tokens = 128;
+    double temperature = 0.8;
+    int64_t top_k = 40; // 0: all
+    int64_t save_every = 500, keep = 2;
+    double max_hours = 0;
+    std::string eval; // loss, sample, or empty
+
+    bool operator==(const Options&) const = default;
+};
+
+// What differs between the trainers' tables.
+struct Family {
+    std::string program;             // "train_gpt2"
+    std::string description;         // first paragraph of --help
+    std::vector<std::string> models; // named sizes; "tiny" and "L,C,H" are always there
+};
+
+// Parses the command line over --config FILE over, with --resume, OUT/options.toml; checks every value and what they
+// need of each other; throws BadInput, before anything is written. --help prints and exits 0. With --resume, an option
+// given (on the command line or in --config) that differs from the run's own and is not marked free throws BadInput
+// naming the option and both values; one given as its own "choose for me" value keeps the run's. --resume without a run
+// folder starts afresh. Of --model and --init one comes back empty: the one said nearer to the command line holds.
+Options parse_options(int argc, char** argv, const Family& family);
+
+// The table as TOML, every option of a run with its value: written to OUT/options.toml once all defaults are resolved.
+// out, resume and eval belong to a command, not to a run, and are left out. parse_options reads every value back as it
+// was, to the last bit.
+std::string options_toml(const Options& options);
+
+// What --help prints: the table, then exit codes and examples.
+std::string options_help(const Family& family);
+
+struct ModelSize {
+    int64_t L, C, H;
+};
+// "L,C,H" → sizes; throws BadInput unless all are positive and H divides C.
+ModelSize parse_model_size(const std::string& text);

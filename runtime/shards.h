@@ -1,0 +1,71 @@
+// Pre-tokenised data: llm.c's token shards, mapped and never copied, cut into windows of T+1 tokens.
+//
+// A shard is 256 int32 (magic 20240520, version 1, token count, zeros) and the tokens as uint16, little-endian. Its
+// window w holds tokens [w·T, w·T + T]: T inputs and the same moved on by one as targets. Windows never cross shards.
+// An epoch of a source visits each of its windows once, in an order that a keyed permutation of (seed, epoch) gives
+// without a table, so that the whole state of a loader is a few counters.
+//
+// Refused, naming file and numbers: a wrong magic or version, a size that does not match the count in the header, a
+// token >= V, a glob that matches nothing, a shard shorter than one window.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "files.h"
+
+// "GLOB[:WEIGHT],GLOB[:WEIGHT],…": weights default to 1 and need not sum to 1. Only a number after the last ':' is a
+// weight, so paths may hold ':'.
+struct SourceSpec {
+    std::string glob;
+    double weight = 1;
+};
+std::vector<SourceSpec> parse_sources(const std::string& text);
+
+// The windows of one glob, addressed by a single index over all its shards. Opening reads the headers only.
+class Windows {
+public:
+    Windows(const std::string& glob, int64_t T, int64_t V);
+    int64_t count() const { return count_; } // windows
+    int64_t tokens() const { return tokens_; }
+    // inputs (T) and targets (T) of window `index`; checks every token against V.
+    void read(int64_t index, int32_t* inputs, int32_t* targets) const;
+
+private:
+    struct Shard {
+        MappedFile file;
+        int64_t tokens, first_window;
+    };
+    std::vector<Shard> shards_;
+    int64_t T_, V_, count_ = 0, tokens_ = 0;
+};
+
+// An endless shuffled stream of windows, mixed from its sources by weight. Which source the n-th window comes from
+// depends on the weights and n alone: the one furthest behind its share, the first of those in a tie.
+class Loader {
+public:
+    Loader(const std::vector<SourceSpec>& sources, int64_t T, int64_t V, uint64_t seed);
+    // inputs (B,T) and targets (B,T).
+    void next(int32_t* inputs, int32_t* targets, int64_t B);
+    int64_t windows_per_epoch() const; // all sources together
+
+    // The data position, for checkpoints: {"drawn": [windows taken from each source]}. restore() refuses a state of
+    // another shape, or with counts that no run can have reached.
+    nlohmann::json state() const;
+    void restore(const nlohmann::json& state);
+
+private:
+    std::vector<Windows> sources_;
+    std::vector<int64_t> shares_; // of 2^53
+    std::vector<int64_t> drawn_;
+    int64_t T_;
+    uint64_t seed_;
+
+    size_t furthest_behind() const;
+};
+
+// Bijection of [0, n) onto itself, chosen by key: a Feistel network over the next power of four (at least 256), walked
+// until the value falls inside.
+uint64_t permute_index(uint64_t index, uint64_t n, uint64_t key);

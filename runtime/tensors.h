@@ -1,0 +1,59 @@
+// A model's parameters with all that training keeps for each, and how they travel to and from files.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "device.h"
+#include "files.h"
+
+struct Tensor {
+    std::string name;
+    int64_t count;
+    bool decay;               // weight decay: matrices only
+    real* param = nullptr;    // (count) what the layers read
+    float* master = nullptr;  // (count) the float weights; null where param is float itself
+    float* grad = nullptr;    // (count) in training
+    float *m = nullptr, *v = nullptr; // (count) AdamW's moments, in training
+};
+
+// All parameters of a model, each kind in one run of memory, so that the norm and the zeroing are one call.
+struct Tensors {
+    std::vector<Tensor> list;
+    real* params = nullptr;
+    float *masters = nullptr, *grads = nullptr, *ms = nullptr, *vs = nullptr;
+    int64_t padded = 0; // elements in each run; a tensor begins at a multiple of 64, the gaps stay 0
+
+    void add(const std::string& name, int64_t count, bool decay);
+    // Notes the runs in the arena; call link() after arena.commit().
+    void place(Arena& arena, bool training);
+    void link();
+    int64_t count() const; // parameters
+};
+
+// Every model and shard file of llm.c's manner begins with 256 int32.
+constexpr int kHeaderInts = 256;
+using Header = std::array<int32_t, kHeaderInts>;
+constexpr size_t kHeaderBytes = sizeof(Header);
+Header read_header(const MappedFile& file);
+
+enum class FileType { fp32, bf16 };
+
+// Reads every tensor in order from `offset` on, converting to what the build holds. The file must end where the last
+// tensor does. Throws BadInput naming file and tensor.
+void read_weights(const Device& device, const MappedFile& file, size_t offset, FileType type, Tensors& tensors);
+// Writes every tensor in order, as float: from the master weights where they exist.
+void write_weights(const Device& device, FileWriter& file, const Tensors& tensors);
+uint64_t weight_bytes(const Tensors& tensors);
+
+// The optimizer's state: header (kStateMagic, 1, number of tensors), then each tensor's m, then each tensor's v, float.
+constexpr int32_t kStateMagic = 20261123;
+void write_state(const Device& device, FileWriter& file, const Tensors& tensors);
+void read_state(const Device& device, const MappedFile& file, Tensors& tensors);
+uint64_t state_bytes(const Tensors& tensors);
+
+// Sets a tensor's weights from a function of the element's index, on all threads.
+void fill_weights(const Device& device, Tensor& tensor, const std::function<float(int64_t)>& value);

@@ -1,0 +1,479 @@
+"""The trainer from the outside: its files, its exit codes, and that nothing that befalls a run changes its result."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINERS = {"fp32": ROOT / "build/cpu/train_gpt2", "bf16": ROOT / "build/cpu-bf16/train_gpt2"}
+VOCAB = 64
+TIMING = {"ms", "tokens_per_second", "peak_percent"}
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 4
+
+
+def write_shard(path, tokens):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def chain(count, seed):
+    """A text that can be learned: after token t comes 3t+1 or, one time in eight, any token."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, VOCAB, count)
+    keep = rng.random(count) > 0.125
+    tokens = np.zeros(count, dtype=np.int64)
+    for i in range(1, count):
+        tokens[i] = (3 * tokens[i - 1] + 1) % VOCAB if keep[i] else noise[i]
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_shard(folder / "train_0.bin", chain(20000, 1))
+    write_shard(folder / "train_1.bin", chain(7001, 2))
+    write_shard(folder / "val_0.bin", chain(3000, 3))
+    return folder
+
+
+def trainer(*args, precision="fp32", **kwargs):
+    command = [str(TRAINERS[precision]), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs)
+
+
+def options(data, **changes):
+    """A tiny run; --name value pairs, None leaves an option out."""
+    chosen = {
+        "model": "2,64,2", "vocab": VOCAB, "train": f"{data}/train_*.bin", "val": f"{data}/val_*.bin", "context": 32,
+        "batch": 2, "tokens-per-step": 128, "steps": 12, "warmup": 2, "lr": 3e-3, "val-every": 4, "val-tokens": 256,
+        "sample-every": 6, "sample-tokens": 8, "save-every": 3, "keep": 0,
+    }
+    chosen.update({name.replace("_", "-"): value for name, value in changes.items()})
+    return [str(word) for name, value in chosen.items() if value is not None for word in (f"--{name}", value)]
+
+
+def checkpoints(run):
+    return sorted(path.name for path in Path(run).glob("step_*"))
+
+
+def untimed(run):
+    events = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in event.items() if key not in TIMING} for event in events]
+
+
+def assert_same_run(a, b, step):
+    """Weights, optimizer states, the rest of the position, and the log but for its timing."""
+    name = f"step_{step:08d}"
+    for part in ("model.bin", "optimizer.bin"):
+        assert (Path(a) / name / part).read_bytes() == (Path(b) / name / part).read_bytes(), part
+    metas = [json.loads((Path(run) / name / "manifest.json").read_text())["meta"] for run in (a, b)]
+    for meta in metas:
+        del meta["log_bytes"]  # timing has no fixed width
+    assert metas[0] == metas[1]
+    assert untimed(a) == untimed(b)
+
+
+@pytest.fixture(scope="session", params=["fp32", "bf16"])
+def whole(request, data, tmp_path_factory):
+    """A run that nothing befell."""
+    run = tmp_path_factory.mktemp(f"whole_{request.param}") / "run"
+    done = trainer(*options(data), "--out", run, precision=request.param)
+    assert done.returncode == DONE, done.stderr
+    return request.param, run
+
+
+def test_a_run_learns_and_says_what_it_did(data, tmp_path):
+    done = trainer(*options(data, steps=150, lr=5e-3, sample_every=50, val_every=50), "--out", tmp_path / "run")
+    assert done.returncode == DONE, done.stderr
+    events = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 151))
+    assert set(steps[0]) == {"event", "step", "loss", "lr", "grad_norm", "tokens"} | TIMING
+    assert steps[-1]["tokens"] == 150 * 128
+    vals = [event for event in events if event["event"] == "val"]
+    assert [event["step"] for event in vals] == [0, 50, 100, 150]
+    assert abs(vals[0]["loss"] - np.log(VOCAB)) < 0.2
+    # The chain's entropy is 0.375 + 0.54 nats; a model that learned nothing stays at ln 64 = 4.16.
+    assert 0.8 < vals[-1]["loss"] < 1.6
+    assert [event["step"] for event in events if event["event"] == "sample"] == [50, 100, 150]
+    assert events[-1] == {"event": "end", "reason": "done", "step": 150}
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("cpu fp32") and "threads" in first or "thread" in first
+
+
+def test_stopped_by_a_signal_and_resumed(whole, data, tmp_path):
+    precision, reference = whole
+    run = tmp_path / "run"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        resume = ["--resume"] if run.exists() else options(data)
+        process = subprocess.Popen([str(TRAINERS[precision]), *resume, "--out", str(run)], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        log = run / "log.jsonl"
+        before = log.stat().st_size if log.exists() else 0
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if log.exists() and log.stat().st_size > before + 150:
+                break
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        if process.returncode == DONE:  # it was faster than the signal; the comparison below still holds
+            break
+        assert process.returncode == STOPPED
+        assert len(stderr.strip().splitlines()) == 1
+        assert f"--out {run} --resume" in stderr
+    assert trainer("--out", run, "--resume", precision=precision).returncode == DONE
+    assert_same_run(reference, run, 12)
+
+
+def kill_loop(precision, data, run, rounds, seed):
+    """Kills the trainer at random moments, resumes, until it ends by itself. Returns how often it was killed."""
+    rng = random.Random(seed)
+    killed = 0
+    while True:
+        command = [str(TRAINERS[precision]), *options(data), "--out", str(run), "--resume"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=None if killed >= rounds else 0.15 + rng.random() * 0.6)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+            continue
+        assert process.returncode == DONE
+        return killed
+
+
+def test_killed_and_resumed(whole, data, tmp_path):
+    precision, reference = whole
+    kill_loop(precision, data, tmp_path / "run", 4, seed=1)
+    assert_same_run(reference, tmp_path / "run", 12)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_and_resumed_often(whole, data, tmp_path, seed):
+    precision, reference = whole
+    kill_loop(precision, data, tmp_path / "run", 12, seed)
+    assert_same_run(reference, tmp_path / "run", 12)
+
+
+def test_max_hours(data, tmp_path):
+    run = tmp_path / "run"
+    done = trainer(*options(data, max_hours=1e-9), "--out", run)
+    assert done.returncode == STOPPED and "--max-hours" in done.stderr
+    assert checkpoints(run) == ["step_00000001"]
+
+
+def harm(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["model.bin", "optimizer.bin", "manifest.json"])
+def test_a_harmed_checkpoint_is_named_and_passed_over(whole, part, tmp_path):
+    precision, reference = whole
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    harm(run / "step_00000012" / part)
+    harm(run / "step_00000009" / part)
+    done = trainer("--out", run, "--resume", precision=precision)
+    assert done.returncode == DONE, done.stderr
+    assert "step_00000012" in done.stderr and part in done.stderr
+    assert "step_00000009" in done.stderr
+    assert "resumed" in done.stdout and "step_00000006" in done.stdout
+    assert_same_run(reference, run, 12)
+
+
+def test_full_disk(whole, data, tmp_path):
+    """On a file system with room for two checkpoints and a bit the third fails; the first two stay good."""
+    precision, reference = whole
+    small = tmp_path / "small"
+    small.mkdir()
+    one = sum(path.stat().st_size for path in (reference / "step_00000003").iterdir())
+    size = int(2.5 * one) + (16 << 20)  # a save wants 16 MiB to spare
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        run = small / "run"
+        done = trainer(*options(data), "--out", run, precision=precision)
+        assert done.returncode == FAILED
+        assert len(done.stderr.strip().splitlines()) == 1 and "disk" in done.stderr.lower()
+        assert checkpoints(run) == ["step_00000003", "step_00000006"]
+        # Full to the last byte: even the log cannot grow.
+        with open(small / "ballast", "wb") as ballast:
+            try:
+                while True:
+                    ballast.write(bytes(1 << 16))
+                    ballast.flush()
+            except OSError:
+                pass
+        full = trainer("--out", run, "--resume", precision=precision)
+        assert full.returncode == FAILED and str(run) in full.stderr
+        assert checkpoints(run) == ["step_00000003", "step_00000006"]
+        (small / "ballast").unlink(missing_ok=True)
+        moved = tmp_path / "run"
+        shutil.copytree(run, moved)
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert trainer("--out", moved, "--resume", precision=precision).returncode == DONE
+    assert_same_run(reference, moved, 12)
+
+
+def gpt2_file(path, version, L=2, C=64, H=2, V=70, maxT=48, seed=5):
+    """An llm.c weights file of random numbers; returns the tensors' values."""
+    Vp = (V + 127) // 128 * 128
+    rng = np.random.default_rng(seed)
+    count = Vp * C + maxT * C + L * (12 * C * C + 13 * C) + 2 * C
+    values = (rng.standard_normal(count) * 0.05).astype("<f4")
+    values[V * C:Vp * C] = 0
+    header = np.zeros(256, dtype="<i4")
+    header[:8] = 20240326, version, maxT, V, L, H, C, Vp
+    if version == 5:
+        halves = (values.view("<u4") >> 16).astype("<u2")
+        values = (halves.astype("<u4") << 16).view("<f4")
+        path.write_bytes(header.tobytes() + halves.tobytes())
+    else:
+        path.write_bytes(header.tobytes() + values.tobytes())
+    return values
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_in_and_out_are_the_same_bytes(precision, tmp_path):
+    gpt2_file(tmp_path / "in.bin", 3)
+    done = trainer("--init", tmp_path / "in.bin", "--steps", 0, "--out", tmp_path / "run", precision=precision)
+    assert done.returncode == DONE, done.stderr
+    assert checkpoints(tmp_path / "run") == ["step_00000000"]
+    assert (tmp_path / "run/step_00000000/model.bin").read_bytes() == (tmp_path / "in.bin").read_bytes()
+    # From the run folder and from the checkpoint, too.
+    for source in (tmp_path / "run", tmp_path / "run/step_00000000"):
+        out = tmp_path / f"again_{source.name}"
+        assert trainer("--init", source, "--steps", 0, "--out", out, precision=precision).returncode == DONE
+        assert (out / "step_00000000/model.bin").read_bytes() == (tmp_path / "in.bin").read_bytes()
+
+
+def test_bf16_weights_are_widened_exactly(tmp_path):
+    values = gpt2_file(tmp_path / "in.bin", 5)
+    assert trainer("--init", tmp_path / "in.bin", "--steps", 0, "--out", tmp_path / "run").returncode == DONE
+    written = (tmp_path / "run/step_00000000/model.bin").read_bytes()
+    assert struct.unpack("<2i", written[:8]) == (20240326, 3)
+    assert written[1024:] == values.tobytes()
+
+
+def test_eval_loss_is_the_runs_own(whole, data):
+    precision, run = whole
+    want = [event["loss"] for event in untimed(run) if event["event"] == "val"][-1]
+    done = trainer("--eval", "loss", "--init", run, "--val", f"{data}/val_*.bin", "--context", 32, "--batch", 2,
+                   "--val-tokens", 256, precision=precision)
+    assert done.returncode == DONE, done.stderr
+    word, value = done.stdout.split()
+    assert word == "val_loss" and abs(float(value) / want - 1) < (1e-6 if precision == "fp32" else 2e-2)
+    assert len(value.split(".")[1]) == 6
+
+
+def test_samples(whole):
+    precision, run = whole
+
+    def sample(*args):
+        done = trainer("--eval", "sample", "--init", run, *args, precision=precision)
+        assert done.returncode == DONE, done.stderr
+        return [int(token) for token in done.stdout.split()]
+
+    prompt = ["--prompt-tokens", "1,4,13", "--sample-tokens", 20]
+    first = sample(*prompt)
+    assert first[:3] == [1, 4, 13] and len(first) == 23
+    assert sample(*prompt) == first
+    assert sample(*prompt, "--seed", 2) != first
+    assert sample(*prompt, "--temperature", 0) == sample(*prompt, "--top-k", 1)
+    # Longer than the context: the window moves on.
+    assert len(sample("--sample-tokens", 100)) == 100
+
+
+def test_options_from_a_file(data, tmp_path):
+    (tmp_path / "options.toml").write_text("batch = 4\nsteps = 2\n")
+    done = trainer(*options(data, batch=None, steps=None), "--config", tmp_path / "options.toml", "--out",
+                   tmp_path / "run")
+    assert done.returncode == DONE, done.stderr
+    written = (tmp_path / "run/options.toml").read_text()
+    assert "batch = 4" in written and "steps = 2" in written
+
+
+def test_resume_takes_free_options_and_refuses_others(whole, tmp_path):
+    precision, reference = whole
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    done = trainer("--out", run, "--resume", "--steps", 14, "--lr", 1e-3, precision=precision)
+    assert done.returncode == DONE, done.stderr
+    assert "step_00000014" in checkpoints(run)
+    for name, value in (("--seed", 3), ("--context", 16), ("--tokens-per-step", 256), ("--beta1", 0.5)):
+        refused = trainer("--out", run, "--resume", name, value, precision=precision)
+        assert refused.returncode == BAD_INPUT and name in refused.stderr
+    other = trainer("--out", run, "--resume", "--steps", 15, precision="bf16" if precision == "fp32" else "fp32")
+    assert other.returncode == BAD_INPUT and "build" in other.stderr
+
+
+def test_resume_without_a_run_starts_one(data, tmp_path):
+    assert trainer(*options(data, steps=1), "--out", tmp_path / "run", "--resume").returncode == DONE
+
+
+def test_old_checkpoints_are_removed(data, tmp_path):
+    assert trainer(*options(data, keep=2), "--out", tmp_path / "run").returncode == DONE
+    assert checkpoints(tmp_path / "run") == ["step_00000009", "step_00000012"]
+
+
+def test_batches_of_any_size_follow_the_same_course(data, tmp_path):
+    """--batch changes memory, not mathematics: the same windows in the same steps."""
+    losses = []
+    for batch in (1, 4):
+        run = tmp_path / str(batch)
+        assert trainer(*options(data, batch=batch, sample_every=0), "--out", run).returncode == DONE
+        losses.append([event["loss"] for event in untimed(run) if event["event"] == "step"])
+    assert np.allclose(*losses, rtol=1e-5, atol=0)
+
+
+def test_mixed_sources(data, tmp_path):
+    sources = f"{data}/train_0.bin:0.75,{data}/train_1.bin:0.25"
+    run = tmp_path / "run"
+    assert trainer(*options(data, train=sources, steps=10), "--out", run).returncode == DONE
+    meta = json.loads((run / "step_00000010/manifest.json").read_text())["meta"]
+    assert meta["loader"]["drawn"] == [30, 10]
+
+
+def test_a_diverging_run_skips_updates_and_stops(data, tmp_path):
+    run = tmp_path / "run"
+    done = trainer(*options(data, lr=1e30, warmup=0, steps=50, max_skips=4, sample_every=0, save_every=1), "--out", run)
+    assert done.returncode == FAILED
+    assert "4 updates in a row" in done.stderr and "step_" in done.stderr
+    events = untimed(run)
+    skips = [event for event in events if event["event"] == "skip"]
+    assert len(skips) == 4 and all("non-finite" in event["reason"] for event in skips)
+    # The update after which the loss was no number is the last one that was made: skipping leaves all as it was.
+    numbers = [event["step"] for event in skips]
+    assert numbers == list(range(numbers[0], numbers[0] + 4))
+    first, last = (run / f"step_{n:08d}/optimizer.bin" for n in (numbers[0], numbers[2]))
+    assert first.read_bytes() == last.read_bytes()
+
+
+def test_outliers_are_skipped_and_their_window_survives_a_resume(data, tmp_path):
+    common = options(data, model="1,32,1", context=16, batch=1, tokens_per_step=16, steps=170, skip_z=1.5,
+                     val_every=0, sample_every=0, save_every=0, max_skips=100)
+    assert trainer(*common, "--out", tmp_path / "whole").returncode == DONE
+    skips = [event for event in untimed(tmp_path / "whole") if event["event"] == "skip"]
+    assert skips and all(event["step"] > 128 and event["z"] > 1.5 for event in skips)
+    # Stopped inside the window's life, by --max-hours at a step that no habit chose.
+    run = tmp_path / "parts"
+    assert trainer(*common, "--out", run, "--max-hours", 1e-9).returncode == STOPPED
+    while (code := trainer("--out", run, "--resume", "--max-hours", 2e-5).returncode) == STOPPED:
+        pass
+    assert code == DONE
+    assert_same_run(tmp_path / "whole", run, 170)
+
+
+def refusals(data, tmp_path):
+    """What is asked for, and what the answer must name."""
+    good = tmp_path / "good.bin"
+    gpt2_file(good, 3)
+    short, lying, magic, big = (tmp_path / f"{name}.bin" for name in ("short", "lying", "magic", "big"))
+    write_shard(short, chain(20, 1))
+    write_shard(big, np.full(5000, VOCAB))
+    lying.write_bytes((data / "val_0.bin").read_bytes()[:-2])
+    magic.write_bytes(struct.pack("<3i", 7, 1, 3000) + (data / "val_0.bin").read_bytes()[12:])
+    torn, shape, bits = (tmp_path / f"{name}.bin" for name in ("torn", "shape", "bits"))
+    torn.write_bytes(good.read_bytes()[:-4])
+    shape.write_bytes(struct.pack("<8i", 20240326, 3, 48, 70, 2, 3, 64, 128) + good.read_bytes()[32:])
+    bits.write_bytes(struct.pack("<8i", 20240326, 9, 48, 70, 2, 2, 64, 128) + good.read_bytes()[32:])
+    out = ["--out", tmp_path / "never"]
+    run = lambda **changes: [*options(data, **changes), *out]
+    return {
+        "unknown option": ([*run(), "--no-such-option"], "--no-such-option"),
+        "no number": (run(steps="many"), "--steps"),
+        "negative": (run(batch=-1), "--batch"),
+        "model": (run(model="125M"), "125M"),
+        "heads": (run(model="2,65,2"), "2,65,2"),
+        "head dim": (run(model="2,96,2"), "48"),
+        "no model": (run(model=None), "--model"),
+        "no train": (run(train=None), "--train"),
+        "no out": (options(data), "--out"),
+        "empty glob": (run(train=f"{data}/nothing_*.bin"), "nothing_*.bin"),
+        "short shard": (run(train=short), "short.bin"),
+        "lying shard": (run(train=lying), "lying.bin"),
+        "wrong magic": (run(train=magic), "magic.bin"),
+        "large token": (run(train=big), "big.bin"),
+        "large token in val": (run(val=big), "big.bin"),
+        "tokens per step": (run(tokens_per_step=100), "--tokens-per-step 100"),
+        "no weights": (run(model=None, init=tmp_path / "nothing.bin"), "nothing.bin"),
+        "torn weights": (run(model=None, vocab=None, init=torn), "torn.bin"),
+        "weights' shape": (run(model=None, vocab=None, init=shape), "shape.bin"),
+        "weights' version": (run(model=None, vocab=None, init=bits), "bits.bin"),
+        "weights' vocabulary": (run(model=None, init=good), "--vocab"),
+        "long context": (run(model=None, vocab=None, init=good, context=64), "--context 64"),
+        "no checkpoint": (run(model=None, init=data), str(data)),
+        "tokenizer": (run(tokenizer=good), "good.bin"),
+        "prompt": (["--eval", "sample", "--init", good, "--prompt-tokens", "1,70"], "70"),
+        "eval without val": (["--eval", "loss", "--init", good], "--val"),
+        "resume without out": (["--resume"], "--out"),
+        "config": ([*run(), "--config", tmp_path / "nothing.toml"], "nothing.toml"),
+    }
+
+
+def test_bad_input_is_refused_in_one_line(data, tmp_path):
+    for name, (args, word) in refusals(data, tmp_path).items():
+        done = trainer(*args)
+        assert done.returncode == BAD_INPUT, (name, done)
+        assert len(done.stderr.strip().splitlines()) == 1 and word in done.stderr, (name, done.stderr)
+        assert not checkpoints(tmp_path / "never"), name
+
+
+def test_an_existing_run_is_not_overwritten(whole, data):
+    precision, run = whole
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    done = trainer(*options(data), "--out", run, precision=precision)
+    assert done.returncode == BAD_INPUT and "--resume" in done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_help_names_every_option_it_parses():
+    done = trainer("--help")
+    assert done.returncode == DONE
+    for name in ("--model", "--init", "--train", "--val", "--out", "--resume", "--context", "--batch",
+                 "--tokens-per-step", "--steps", "--lr", "--warmup", "--schedule", "--decay-steps", "--final-lr",
+                 "--weight-decay", "--beta1", "--beta2", "--eps", "--clip", "--seed", "--skip-z", "--val-every",
+                 "--sample-every", "--temperature", "--top-k", "--save-every", "--keep", "--max-hours", "--config",
+                 "--eval", "--prompt-tokens", "--tokenizer", "--vocab"):
+        assert name in done.stdout, name
+
+
+def test_one_thread_is_warned_of(data, tmp_path):
+    done = trainer(*options(data, steps=1, threads=1), "--out", tmp_path / "run")
+    assert done.returncode == DONE and "one thread" in done.stderr
+
+
+def peak_memory(args):
+    process = subprocess.Popen([str(TRAINERS["fp32"]), *args], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == DONE
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.long
+def test_memory_grows_with_the_context_and_not_with_its_square(data, tmp_path):
+    write_shard(tmp_path / "long.bin", np.tile(chain(7000, 4), 20))
+    peaks = []
+    for context in (16384, 32768, 65536):
+        args = options(data, model="2,64,2", train=tmp_path / "long.bin", val=None, context=context, batch=1,
+                       tokens_per_step=context, steps=1, sample_every=0)
+        peaks.append(peak_memory([*args, "--out", str(tmp_path / str(context))]))
+    print("peak bytes at 16k, 32k, 64k:", peaks)
+    assert peaks[1] <= 2.05 * peaks[0] and peaks[2] <= 2.05 * peaks[1]
