@@ -7,6 +7,8 @@ PRECISION ?= fp32
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
+# Tests at -O1 compile in half the time, which is what most of their time is; they check the kernels' objects at -O3.
+TEST_FLAGS = -O1
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native
@@ -15,14 +17,13 @@ LIBS = -ldnnl -fopenmp
 
 LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
-TESTS = $(basename $(notdir $(wildcard test/*.cpp)))
 BENCHES = $(basename $(notdir $(wildcard dev/bench/*.cpp)))
 
 comma = ,
 BUILD_fp32 = cpu
 BUILD_bf16 = cpu-bf16
 
-.PHONY: all cpu setup demo test test-cpu test-python test-long bench lint format clean
+.PHONY: all cpu demo test test-cpu test-simt test-python test-long bench lint format clean
 all: cpu
 	@ln -sf build/$(BUILD_$(PRECISION))/train_gpt2 train_gpt2
 
@@ -38,7 +39,7 @@ build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) $(TEST_FLAGS) -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
@@ -50,7 +51,7 @@ build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) $(RUNTIME:%=build/$(1)/runt
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
@@ -58,7 +59,34 @@ endef
 .SECONDARY:
 $(eval $(call BUILD_RULES,cpu,))
 $(eval $(call BUILD_RULES,cpu-bf16,-DPRECISION_BF16=1))
-$(eval $(call BUILD_RULES,cpu-asan,-g -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
+$(eval $(call BUILD_RULES,cpu-asan,-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
+# dev/simt runs CUDA kernels on the CPU. Only kernels and the tests of dev/simt are instrumented: every access calls a
+# function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays as the source has it. No tail calls: a
+# report's line is that of the call's return address.
+SIMT = $(basename $(notdir $(wildcard dev/simt/*.cpp)))
+SIMT_FLAGS = -DLONGHAND_SIMT=1 -g -Idev/simt/include
+SIMT_KERNEL_FLAGS = -O2 -march=native -Wno-unknown-pragmas -fsanitize=thread --param tsan-instrument-func-entry-exit=0 \
+	-fno-optimize-sibling-calls -fno-tree-vectorize -fno-tree-slp-vectorize -fno-store-merging
+SIMT_LIBS = -lboost_context -ldnnl -fopenmp
+
+define SIMT_RULES
+build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/main.o: test/main.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) $(TEST_FLAGS) -c $$< -o $$@
+build/$(1)/test/%.o: test/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/libsimt.a: $(SIMT:%=build/$(1)/simt/%.o)
+	@rm -f $$@
+	ar rcs $$@ $$^
+build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/libsimt.a
+	$(CXX) $$^ $(SIMT_LIBS) -o $$@
+endef
+$(eval $(call SIMT_RULES,simt,))
+$(eval $(call SIMT_RULES,simt-bf16,-DPRECISION_BF16=1))
 -include $(wildcard build/*/*.d build/*/*/*.d)
 
 demo:
@@ -72,6 +100,9 @@ test:
 test-cpu:
 	@dev/setup.sh test
 	@python3 test/run.py cpu cpu-bf16 asan
+test-simt:
+	@dev/setup.sh test
+	@python3 test/run.py simt
 test-python:
 	@dev/setup.sh test
 	@python3 test/run.py python

@@ -72,29 +72,7 @@ void check_config(const Gpt2Config& c, const std::string& where) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// llm.c's model file: 256 int32, then the tensors in order (data/FORMATS.md)
-
-constexpr int32_t kModelMagic = 20240326;
-
-FileType read_config(const MappedFile& file, Gpt2Config& config) {
-    Header h = read_header(file);
-    auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
-    if (h[0] != kModelMagic) refuse("not a GPT-2 weights file (magic " + std::to_string(h[0]) + ")");
-    if (h[1] != 3 && h[1] != 5) refuse("version " + std::to_string(h[1]) + "; 3 (fp32) and 5 (bf16) are read");
-    config = {h[2], h[3], h[7], h[4], h[5], h[6]};
-    const Gpt2Config& c = config;
-    for (int64_t size : {c.maxT, c.V, c.Vp, c.L, c.H, c.C})
-        if (size < 1) refuse("a size of " + std::to_string(size) + " in its header");
-    // Bounds far beyond any model, so that no product of a lying header overflows.
-    if (c.L > 10000 || c.C > 1000000 || c.Vp > 10000000) refuse("absurd sizes in its header");
-    if (c.V > c.Vp) refuse("V " + std::to_string(c.V) + " > padded V " + std::to_string(c.Vp));
-    if (c.C % c.H) refuse(std::to_string(c.H) + " heads do not divide width " + std::to_string(c.C));
-    check_config(c, file.path());
-    return h[1] == 3 ? FileType::fp32 : FileType::bf16;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Parameters and activations
+// Parameters
 
 enum Param { wte, wpe, ln1w, ln1b, qkvw, qkvb, attprojw, attprojb, ln2w, ln2b, fcw, fcb, fcprojw, fcprojb, lnfw, lnfb };
 
@@ -119,6 +97,33 @@ Tensors gpt2_tensors(const Gpt2Config& c) {
     t.add("lnfb", C, false);
     return t;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// llm.c's model file: 256 int32, then the tensors in order (data/FORMATS.md)
+
+constexpr int32_t kModelMagic = 20240326;
+
+FileType read_config(const MappedFile& file, Gpt2Config& config) {
+    Header h = read_header(file);
+    auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
+    if (h[0] != kModelMagic) refuse("not a GPT-2 weights file (magic " + std::to_string(h[0]) + ")");
+    if (h[1] != 3 && h[1] != 5) refuse("version " + std::to_string(h[1]) + "; 3 (fp32) and 5 (bf16) are read");
+    config = {h[2], h[3], h[7], h[4], h[5], h[6]};
+    const Gpt2Config& c = config;
+    for (int64_t size : {c.maxT, c.V, c.Vp, c.L, c.H, c.C})
+        if (size < 1) refuse("a size of " + std::to_string(size) + " in its header");
+    // Bounds far beyond any model, so that no product of a lying header overflows.
+    if (c.L > 10000 || c.C > 1000000 || c.Vp > 10000000) refuse("absurd sizes in its header");
+    if (c.V > c.Vp) refuse("V " + std::to_string(c.V) + " > padded V " + std::to_string(c.Vp));
+    if (c.C % c.H) refuse(std::to_string(c.H) + " heads do not divide width " + std::to_string(c.C));
+    check_config(c, file.path());
+    FileType type = h[1] == 3 ? FileType::fp32 : FileType::bf16;
+    check_weights_size(file, type, gpt2_tensors(c));
+    return type;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations
 
 // What forward leaves for backward. Arrays are over layers; without training only qkv is, as the KV cache of sampling.
 struct Activations {
@@ -252,9 +257,7 @@ void Gpt2::init_weights(uint64_t seed) {
     }
 }
 
-void Gpt2::read_file(const MappedFile& file, FileType type) {
-    read_weights(device_, file, kHeaderBytes, type, params_);
-}
+void Gpt2::read_file(const MappedFile& file, FileType type) { read_weights(device_, file, type, params_); }
 
 void Gpt2::write_file(FileWriter& file) {
     Header h{};

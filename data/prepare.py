@@ -2,16 +2,15 @@
 """Corpora → token shards and a tokenizer, in llm.c's formats (FORMATS.md), in constant memory."""
 
 import argparse
-import collections
 import errno
 import os
+import queue
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Iterable, Iterator, Optional
 
 import numpy as np
@@ -51,37 +50,60 @@ class Encoder:
         return [np.concatenate(parts) for parts in sides]
 
 
-worker_encoder: Optional[Encoder] = None  # of a worker process, set once when it starts
-
-
-def start_worker(text: Optional[str], eot_text: str):
-    global worker_encoder
+def work(pipe: Connection, text: Optional[str], eot_text: str):
+    """A worker process: batches in, their tokens out, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
-    parent = parent_process()
-    if parent:  # a killed parent must not leave workers behind
-        threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    worker_encoder = Encoder(text, eot_text)
+    received: queue.SimpleQueue = queue.SimpleQueue()
+
+    def receive():
+        # Takes the next batch while this one is encoded: parent and worker never wait to send to each other.
+        while True:
+            try:
+                received.put(pipe.recv())
+            except (EOFError, OSError):
+                os._exit(1)
+
+    threading.Thread(target=receive, daemon=True).start()
+    encoder = Encoder(text, eot_text)
+    while True:
+        try:
+            pipe.send(encoder(received.get()))
+        except OSError:
+            os._exit(1)
 
 
-def encode_in_worker(batch: Batch) -> list[np.ndarray]:
-    assert worker_encoder
-    return worker_encoder(batch)
+class Workers:
+    """Processes with a pipe each, served in turn. An executor of the library would do, but on Python 3.10 it can hang
+    for ever when a worker is killed."""
 
+    def __init__(self, count: int, text: Optional[str], eot_text: str):
+        context = get_context("spawn")  # a fork of a process whose tokenizer has started threads can hang
+        self.pipes = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            context.Process(target=work, args=(theirs, text, eot_text), daemon=True).start()
+            theirs.close()
+            self.pipes.append(ours)
 
-class Here:
-    """The executor's interface without processes."""
-
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
-
-    def submit(self, _, batch: Batch) -> Future:
-        future: Future = Future()
-        future.set_result(self.encoder(batch))
-        return future
-
-    def shutdown(self, **_):
-        pass
+    def encode(self, batches: Iterable[Batch]) -> Iterator[list[np.ndarray]]:
+        """The tokens of the batches in their order; at most two batches a worker are under way."""
+        count, sent, taken = len(self.pipes), 0, 0
+        try:
+            for batch in batches:
+                self.pipes[sent % count].send(batch)
+                sent += 1
+                if sent - taken == 2 * count:
+                    yield self.pipes[taken % count].recv()
+                    taken += 1
+            while taken < sent:
+                yield self.pipes[taken % count].recv()
+                taken += 1
+        except (EOFError, ConnectionError) as error:
+            raise RunError("a worker was killed, most likely for want of memory; try fewer --workers") from error
+        finally:
+            for pipe in self.pipes:
+                pipe.close()
 
 
 def batches(pieces: Iterable[tuple[int, bool, str]]) -> Iterator[Batch]:
@@ -129,40 +151,27 @@ class Progress:
 
 
 def tokenize(corpus: Corpus, split: Split, encoder: Encoder, workers: int, writers: list[ShardWriter]) -> list[int]:
-    """Streams the corpus through the workers into the writers; returns the documents of each side. At most two batches
-    a worker are under way, and they are written in the order they were read."""
+    """Streams the corpus through the workers into the writers; returns the documents of each side."""
     documents = [0 for _ in SIDES]
-    raw = encoder.encode is vocabulary.encode_raw
-    if workers > 1 and not raw and corpus.total > PIECE:
-        # spawn: a fork of a process whose tokenizer has started threads can hang
-        pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), start_worker, (encoder.vocab.text, encoder.vocab.eot_text)
-        )
-    else:
-        pool = Here(encoder)
-    waiting: collections.deque[tuple[Future, int]] = collections.deque()
-    progress = Progress(corpus.total)
 
-    def write_oldest():
-        future, position = waiting.popleft()
-        for writer, tokens in zip(writers, future.result()):
-            writer.add(tokens)
-        progress(position, sum(sum(writer.counts) for writer in writers))
-
-    try:
+    def counted_batches() -> Iterator[Batch]:
         for batch in batches(split.of(corpus.pieces())):
             for side, starts, _ in batch:
                 documents[side] += starts
-            waiting.append((pool.submit(encode_in_worker, batch), corpus.position()))
-            if len(waiting) >= (2 * workers if isinstance(pool, ProcessPoolExecutor) else 1):
-                write_oldest()
-        while waiting:
-            write_oldest()
-    except BrokenProcessPool as error:
-        raise RunError("a worker was killed, most likely for want of memory; try fewer --workers") from error
+            yield batch
+
+    if workers > 1 and encoder.encode is not vocabulary.encode_raw and corpus.total > PIECE:
+        encoded = Workers(workers, encoder.vocab.text, encoder.vocab.eot_text).encode(counted_batches())
+    else:
+        encoded = map(encoder, counted_batches())
+    progress = Progress(corpus.total)
+    try:
+        for sides in encoded:
+            for writer, tokens in zip(writers, sides):
+                writer.add(tokens)
+            progress(corpus.position(), sum(sum(writer.counts) for writer in writers))
     finally:
         progress.close()
-        pool.shutdown(wait=False, cancel_futures=True)
     return documents
 
 

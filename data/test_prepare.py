@@ -1,5 +1,6 @@
 """prepare.py on small corpora: every shard is read back through tokenizer.bin alone and held against the text."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -313,85 +314,77 @@ def test_memory_does_not_grow_with_the_input(kind, tmp_path):
     assert peaks[1] < peaks[0] + 12_000  # KiB; holding the input would add 30,000 or more
 
 
-def test_few_batches_are_under_way(gpt2_like, tmp_path, monkeypatch):
-    """The reader never runs ahead of the workers by more than two batches each."""
-    (tmp_path / "text.txt").write_bytes(prose(100_000).encode())
-    monkeypatch.setattr(prepare, "PIECE", 1000)
-    monkeypatch.setattr(corpus, "PIECE", 1000)
-    ahead = most = 0
+def test_few_batches_are_under_way():
+    """The reader never runs ahead of the workers by more than two batches each, and the order is kept."""
+    under_way, most = [], 0
 
-    class Slow:
-        def __init__(self, *_):
-            self.encoder = prepare.Encoder(gpt2_like.read_text(), "<|endoftext|>")
+    class Pipe:
+        def __init__(self):
+            self.mine = []
 
-        def submit(self, _, batch):
-            nonlocal ahead, most
-            ahead += 1
-            most = max(most, ahead)
-            return Result(self.encoder, batch)
+        def send(self, batch):
+            nonlocal most
+            self.mine.append(batch)
+            under_way.append(batch)
+            most = max(most, len(under_way))
 
-        def shutdown(self, **_):
+        def recv(self):
+            under_way.remove(self.mine[0])
+            return self.mine.pop(0)
+
+        def close(self):
             pass
 
-    class Result:
-        def __init__(self, encoder, batch):
-            self.encoder, self.batch = encoder, batch
-
-        def result(self):
-            nonlocal ahead
-            ahead -= 1
-            return self.encoder(self.batch)
-
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Slow)
-    assert run(tmp_path / "text.txt", "--out", tmp_path / "out", "--tokenizer", gpt2_like, "--workers", 3) == 0
+    workers = object.__new__(prepare.Workers)
+    workers.pipes = [Pipe() for _ in range(3)]
+    assert list(workers.encode(range(20))) == list(range(20))
     assert most == 6
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def children(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]
+
+
+def wait_until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGKILL", "a worker's death"])
 def test_interrupted_run_leaves_nothing_final(how, gpt2_like, tmp_path):
     write_lines(tmp_path / "a.jsonl", [prose(30_000)] * 400)
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        f"{HERE}/prepare.py",
-        tmp_path / "a.jsonl",
-        "--out",
-        out,
-        "--tokenizer",
-        gpt2_like,
-        "--shard-tokens",
-        "20000",
-        "--workers",
-        "2",
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    ) as process:
-        for _ in range(600):
-            if len(list(out.glob(".partial/train_*.bin"))) >= 3:
-                break
-            time.sleep(0.02)
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    options = ["--out", out, "--tokenizer", gpt2_like, "--shard-tokens", "20000", "--workers", "2"]
+    command = [sys.executable, f"{HERE}/prepare.py", tmp_path / "a.jsonl", *options]
+    with open(errors, "w") as file:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+    try:
+        wait_until(lambda: len(list(out.glob(".partial/train_*.bin"))) >= 3)
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        if how == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+        elif how == "a worker's death":
+            os.kill(workers[-1], signal.SIGKILL)
         else:
-            pytest.fail("no shards appeared")
-        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-        process.send_signal(how)
-        errors = process.stderr.read().decode()  # ends when the workers have let go of the pipe too
-        code = process.wait()
-    assert workers.stdout.split()
-    for _ in range(100):
-        if not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers.stdout.split()):
-            break
-        time.sleep(0.02)
-    else:
-        pytest.fail("workers outlived the run")
-    if how == signal.SIGKILL:
+            process.send_signal(getattr(signal, how))
+        code = process.wait(30)
+        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers))  # none outlives the run
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if how == "SIGKILL":
         assert [path.name for path in out.iterdir()] == [".partial"]
         write_lines(tmp_path / "b.jsonl", [prose(3000)])
         assert run(tmp_path / "b.jsonl", "--out", out, "--raw-bytes", "--min-tokens", 1) == 0  # over the leftovers
         assert not (out / ".partial").exists()
     else:
-        assert (code, errors) == (1, "prepare.py: error: stopped; nothing was written\n")
-        assert not out.exists()
+        said = "a worker was killed" if "worker" in how else "stopped; nothing was written"
+        assert code == 1 and not out.exists()
+        assert errors.read_text().startswith(f"prepare.py: error: {said}") and errors.read_text().count("\n") == 1
 
 
 def test_failed_write_leaves_the_old_set(tmp_path, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def test_recipes_offline_say_so_in_one_line(name, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=12,  # retries would take 14 s
     )
     assert done.returncode == 1 and "this recipe needs the network" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.glob("out/*.bin"))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import zstandard
@@ -27,12 +28,15 @@ BAD_LINES = [
 def test_bad_line_is_named_or_skipped(line, says, tmp_path, capsys):
     good = json.dumps({"text": prose(3000)}).encode()
     (tmp_path / "a.jsonl").write_bytes(good + b"\n\n" + line + b"\n" + good)
-    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--raw-bytes", "--min-tokens", 1) == 2
-    error = capsys.readouterr().err
-    assert "a.jsonl:3: " in error and says in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
-    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--raw-bytes", "--min-tokens", 1, "--skip-bad") == 0
-    assert "1 bad line left out" in capsys.readouterr().out
-    assert len(decode(tmp_path / "out", "train")) == 2
+    for kind in (["--raw-bytes"], ["--train-tokenizer", 257]):
+        command = [tmp_path / "a.jsonl", "--out", tmp_path / "out", *kind, "--min-tokens", 1]
+        assert run(*command) == 2
+        error = capsys.readouterr().err
+        assert "a.jsonl:3: " in error and says in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert run(*command, "--skip-bad") == 0
+        assert "1 bad line left out" in capsys.readouterr().out
+        assert len(decode(tmp_path / "out", "train")) == 2
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 1000])  # characters are cut anywhere

@@ -9,7 +9,7 @@ packages=(g++ make libdnnl-dev libcli11-dev nlohmann-json3-dev libxxhash-dev)
 case "${1:?build, demo or test}" in
 build) ;;
 demo) packages+=(python3-venv bible-kjv) ;;
-test) packages+=(python3-venv doctest-dev clang-format) ;;
+test) packages+=(python3-venv doctest-dev clang-format libboost-context-dev binutils) ;;
 *)
     echo "setup.sh: $1: build, demo or test" >&2
     exit 2

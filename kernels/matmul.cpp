@@ -3,7 +3,10 @@
 // *destination* is another matter: that falls back to oneDNN's reference loops, a thousand times slower.)
 #include "matmul.h"
 
+#include <compare>
+#include <cstdlib>
 #include <map>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <unordered_map>

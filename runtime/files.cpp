@@ -157,7 +157,6 @@ struct FileWriter::Hasher {
 };
 
 FileWriter::FileWriter(const std::string& path) : path_(path), hasher_(std::make_unique<Hasher>()) {
-    buffer_.reserve(kBufferBytes);
     XXH3_64bits_reset(&hasher_->state);
     fd_ = retried([&] { return open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666); });
     if (fd_ < 0) fail("cannot create " + path, errno);
@@ -220,7 +219,7 @@ FileSum file_sum(const std::string& path) {
     auto state = std::make_unique<XXH3_state_t>();
     XXH3_64bits_reset(state.get());
     posix_fadvise(file.fd, 0, 0, POSIX_FADV_SEQUENTIAL);
-    std::vector<unsigned char> buffer(kBufferBytes);
+    std::vector<unsigned char> buffer(std::clamp(static_cast<size_t>(info.st_size), size_t(4096), kBufferBytes));
     uint64_t bytes = 0;
     for (;;) {
         ssize_t got = retried([&] { return read(file.fd, buffer.data(), buffer.size()); });

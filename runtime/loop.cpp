@@ -163,7 +163,7 @@ private:
     void stop_if_asked();
     int64_t tokens() const { return step_ * options_.tokens_per_step; }
     Schedule schedule() const {
-        return {options_.schedule, options_.lr,     options_.lr * options_.final_lr,
+        return {options_.schedule, options_.lr,     options_.final_lr,
                 options_.steps,    options_.warmup, options_.decay_steps};
     }
 };
@@ -344,15 +344,21 @@ void evaluate(const Options& options, Model& model) {
     }
 }
 
+// One line, whatever a value quoted in the message holds.
+static void print_failure(const char* name, std::string what) {
+    std::replace(what.begin(), what.end(), '\n', ' ');
+    fprintf(stderr, "%s: %s\n", name, what.c_str());
+}
+
 int run_program(const char* name, const std::function<void()>& body) {
     try {
         body();
         return kDone;
     } catch (const Failure& failure) {
-        fprintf(stderr, "%s: %s\n", name, failure.what());
+        print_failure(name, failure.what());
         return failure.exit_code;
     } catch (const std::exception& error) {
-        fprintf(stderr, "%s: %s\n", name, error.what());
+        print_failure(name, error.what());
         return kRunFailed;
     }
 }

@@ -8,14 +8,14 @@
 double OutlierWindow::score(double value) const {
     if (!std::isfinite(value)) return INFINITY;
     if (values_.size() < kWindow) return 0;
-    // Two passes over differences from one of the values: equal values give exactly 0, and a large mean costs no digits
-    // of the variance. Long double, for the squares of figures beyond 1e154.
-    const long double origin = values_.front(), n = kWindow;
+    // Two passes, so that a large mean costs no digits of the variance. In long double the sum of a window of equal
+    // values is exact, so that they vary by exactly 0, and squares of figures beyond 1e154 do not overflow.
+    const long double n = kWindow;
     long double mean = 0, squares = 0;
-    for (double v : values_) mean += (v - origin) / n;
-    for (double v : values_) squares += (v - origin - mean) * (v - origin - mean);
+    for (double v : values_) mean += v / n;
+    for (double v : values_) squares += (v - mean) * (v - mean);
     if (squares == 0) return 0;
-    return static_cast<double>((value - origin - mean) / std::sqrt(squares / (n - 1)));
+    return static_cast<double>((value - mean) / std::sqrt(squares / (n - 1)));
 }
 
 void OutlierWindow::accept(double value) {

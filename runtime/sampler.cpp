@@ -30,9 +30,7 @@ int32_t sample_token(const float* logits, int64_t V, double temperature, int64_t
     std::vector<double> weights(tokens.size());
     double sum = 0;
     for (size_t i = 0; i < tokens.size(); i++) {
-        // In double before the subtraction: two large floats may lie further apart than a float holds.
-        double below = static_cast<double>(logits[tokens[i]]) - static_cast<double>(logits[best]);
-        weights[i] = below == -INFINITY ? 0 : std::exp(below / temperature);
+        weights[i] = std::exp((static_cast<double>(logits[tokens[i]]) - logits[best]) / temperature);
         sum += weights[i];
     }
     double left = u * sum;

@@ -1,4 +1,5 @@
-// Choosing the next token: softmax(logits / temperature) over the top_k largest, drawn with one uniform number.
+// Choosing the next token: softmax(logits / temperature) over the top_k largest, drawn with one uniform number:
+// the tokens, in their own order, share [0, 1) out among themselves, and u falls to one.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -26,6 +26,7 @@ void catch_stop_signals() {
     action.sa_flags = SA_RESTART; // a read or write under way goes on
     sigemptyset(&action.sa_mask);
     for (int number : {SIGINT, SIGTERM}) sigaction(number, &action, nullptr);
+    signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is then a write error that names the file, like a full disk
 }
 
 int stop_signal() { return asked_to_stop.load(); }

@@ -55,12 +55,18 @@ static void set_weights(const Device& device, Tensor& tensor, int64_t first, con
     if (tensor.master) upload(device, tensor.master + first, values, count * sizeof(float));
 }
 
-void read_weights(const Device& device, const MappedFile& file, size_t offset, FileType type, Tensors& tensors) {
-    size_t size = type == FileType::fp32 ? sizeof(float) : sizeof(bf16);
-    size_t want = offset + tensors.count() * size;
+static size_t element_bytes(FileType type) { return type == FileType::fp32 ? sizeof(float) : sizeof(bf16); }
+
+void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors) {
+    size_t want = kHeaderBytes + tensors.count() * element_bytes(type);
     if (file.size() != want)
         throw BadInput(file.path() + ": " + std::to_string(file.size()) + " bytes, but its header describes " +
                        std::to_string(want) + "; the file is torn or not of this model");
+}
+
+void read_weights(const Device& device, const MappedFile& file, FileType type, Tensors& tensors) {
+    size_t offset = kHeaderBytes;
+    size_t size = element_bytes(type);
     std::vector<float> stage(kStage);
     for (Tensor& tensor : tensors.list)
         for (int64_t first = 0; first < tensor.count; first += kStage) {

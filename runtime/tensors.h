@@ -13,10 +13,10 @@
 struct Tensor {
     std::string name;
     int64_t count;
-    bool decay;               // weight decay: matrices only
-    real* param = nullptr;    // (count) what the layers read
-    float* master = nullptr;  // (count) the float weights; null where param is float itself
-    float* grad = nullptr;    // (count) in training
+    bool decay;                       // weight decay: matrices only
+    real* param = nullptr;            // (count) what the layers read
+    float* master = nullptr;          // (count) the float weights; null where param is float itself
+    float* grad = nullptr;            // (count) in training
     float *m = nullptr, *v = nullptr; // (count) AdamW's moments, in training
 };
 
@@ -42,9 +42,11 @@ Header read_header(const MappedFile& file);
 
 enum class FileType { fp32, bf16 };
 
-// Reads every tensor in order from `offset` on, converting to what the build holds. The file must end where the last
-// tensor does. Throws BadInput naming file and tensor.
-void read_weights(const Device& device, const MappedFile& file, size_t offset, FileType type, Tensors& tensors);
+// A weights file is its header and the tensors, no byte more or less. Throws BadInput naming both sizes: to be asked
+// before anything is allocated on the header's word.
+void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors);
+// Reads every tensor in order, converting to what the build holds.
+void read_weights(const Device& device, const MappedFile& file, FileType type, Tensors& tensors);
 // Writes every tensor in order, as float: from the master weights where they exist.
 void write_weights(const Device& device, FileWriter& file, const Tensors& tensors);
 uint64_t weight_bytes(const Tensors& tensors);

@@ -1,6 +1,5 @@
 // kernels/attention against the oracle: values head by head in double, gradients by the plain formula in double, which
 // is itself held against the complex step.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <omp.h>
@@ -180,7 +179,7 @@ TEST_CASE("documents, with boundaries inside tiles and at their edges") {
     struct {
         int64_t T, D;
         std::vector<std::vector<int64_t>> lengths;
-    } cases[] = {{200, 64, {{48, 48, 96}, {1, 1, 1, 60, 100}}}, // edges of the tiles of 48 and 96
+    } cases[] = {{200, 64, {{48, 48, 96}, {1, 1, 1, 60, 100}}}, // edges of tiles, one key, a few
                  {200, 32, {{47, 50, 2}, {96, 96}}},
                  {300, 64, {{200}, {144, 100}}}, // whole tiles before the last document
                  {130, 80, {{}, {129}}}};
@@ -323,7 +322,7 @@ TEST_CASE("merging sides that are empty or far apart") {
 TEST_CASE("head groups give the whole's bits") {
     // On five threads the groups' heads are shared by all of them, the whole's are not.
     Threads scope(5);
-    constexpr int64_t B = 2, T = 210, H = 6, D = 64;
+    constexpr int64_t B = 2, T = 700, H = 6, D = 64;
     Problem p({B, T, T, H, D}, 30);
     Output<real> out = forward(p);
     Backward<real> g = backward(p, out);

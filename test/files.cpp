@@ -1,5 +1,4 @@
 // Files: bounds of mappings, writers against short writes, signals, full disks and size limits, whole renames, globs.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

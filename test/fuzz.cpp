@@ -1,7 +1,6 @@
 // Harmed and hostile variants of every file that a trainer reads: each is read correctly or refused with a Failure, and
 // no reader takes memory because a header says so. Seeds are fixed: a failure names its variant and comes again. It is
 // meant to run under the address and undefined-behaviour sanitizers (build/cpu-asan/test_fuzz), and runs without.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -12,6 +11,10 @@
 #include <new>
 #include <random>
 #include <vector>
+
+#define main trainer_main
+#include "../train_gpt2.cu"
+#undef main
 
 #include "../runtime/checkpoint.h"
 #include "../runtime/errors.h"
@@ -28,6 +31,10 @@ static std::atomic<size_t> bytes_requested{0};
     if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
     throw std::bad_alloc();
 }
+[[gnu::noinline]] void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+    bytes_requested += bytes;
+    return std::malloc(bytes ? bytes : 1);
+}
 [[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
 [[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
@@ -40,6 +47,7 @@ size_t allowed_bytes(size_t file_bytes) { return (size_t(4) << 20) + 256 * file_
 
 constexpr int kHangSeconds = 120; // a whole target takes a few
 
+// A file format under attack. Each has its own TEST_CASE below, which makes a good file and a read() that judges.
 struct Target {
     const char* name;
     std::string whole; // a good file
@@ -245,6 +253,40 @@ TEST_CASE("tokenizer tables") {
     }
 }
 
+TEST_CASE("GPT-2 weights and optimizer states") {
+    ScratchFolder folder(scratch_parent());
+    Device device(0);
+    Gpt2Config tiny{4, 3, 128, 1, 1, 32};
+    std::string tensors(gpt2_tensors(tiny).count() * sizeof(float), 0);
+    std::mt19937_64 rng(1);
+    for (size_t i = 0; i < tensors.size(); i++) tensors[i] = i % 4 == 3 ? 0x3c : static_cast<char>(rng()); // ~0.01
+    auto read = [&](const std::string& bytes) {
+        put_file(folder / "model.bin", bytes);
+        MappedFile file(folder / "model.bin");
+        Gpt2Config config;
+        FileType type = read_config(file, config);
+        demand(int_at(bytes, 0) == 20240326 && int_at(bytes, 6) == config.C, "the header is the model's");
+        Gpt2 model(device, config, 1, 1, false);
+        model.read_file(file, type);
+        size_t at = 1024;
+        for (const Tensor& t : model.tensors().list) {
+            size_t n = t.count * sizeof(float);
+            demand(sizeof(real) < 4 || type == FileType::bf16 || !memcmp(t.param, &bytes[at], n),
+                   "the weights are right");
+            at += n;
+        }
+    };
+    attack({"weights", file_of_ints({20240326, 3, 4, 3, 1, 1, 32, 128}) + tensors, 8, 1500, read});
+
+    Gpt2 model(device, tiny, 1, 1, true);
+    auto read_states = [&](const std::string& bytes) {
+        put_file(folder / "optimizer.bin", bytes);
+        read_state(device, MappedFile(folder / "optimizer.bin"), model.tensors());
+        demand(!memcmp(model.tensors().list[0].m, &bytes[1024], 128 * 32 * 4), "the moments are right");
+    };
+    attack({"states", file_of_ints({kStateMagic, 1, 16}) + tensors + tensors, 3, 1000, read_states});
+}
+
 namespace {
 
 const json kMeta = {{"loss", 3.5}, {"tokens", 12345678901}, {"text", "a\n"}, {"list", {1, -2, 3.25}}};
@@ -342,6 +384,8 @@ TEST_CASE("manifests with a right checksum and wrong content") {
             for (size_t i = 0; i < depth; i++) nested += ends[0] == '{' ? "{\"a\":" : "[";
             nested += "1" + std::string(depth, ends[1]);
             variants.emplace_back("nested " + std::to_string(depth), nested);
+            variants.emplace_back("meta data nested " + std::to_string(depth),
+                                  "{\"checksum\":\"\",\"meta\":" + nested + "}");
             variants.emplace_back("open " + std::to_string(depth), nested.substr(0, nested.size() - depth));
         }
 
@@ -353,7 +397,8 @@ TEST_CASE("manifests with a right checksum and wrong content") {
                           Checkpoint opened = open_checkpoint(run / "step_00000002");
                           // Whatever was accepted is true: the step, and each part a file of this folder.
                           json body = json::parse(bytes);
-                          demand(opened.step == 2 && opened.meta == body.at("meta"), "step and meta data");
+                          demand(opened.step == 2 && body.at("step") == 2 && opened.meta == body.at("meta"),
+                                 "step and meta data");
                           demand(body.at("format") == "longhand checkpoint", "the format");
                           for (const json& part : body.at("parts")) {
                               std::string name = part.at("name");

@@ -1,5 +1,4 @@
 // GELU against the oracle: every value of a fine grid, the ends, the derivative by complex step, odd lengths.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "check.h"
 #include "oracle.h"
 

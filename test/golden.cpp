@@ -1,6 +1,5 @@
 // Holds together the four things that the trainer's own tests stand on: the weights that test/golden.h makes, the order
 // and layout of the tensors, test/oracle.h, and what HuggingFace computed in float64. No kernel takes part.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <algorithm>
 #include <complex>
 #include <random>

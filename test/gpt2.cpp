@@ -1,6 +1,5 @@
 // The whole GPT-2 trainer: against HuggingFace (test/golden), against numeric differentiation of the oracle in double,
 // and against itself where two ways must agree.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #define main trainer_main

@@ -1,5 +1,4 @@
 // runtime/log.h: what lands in log.jsonl, also when the disk is full; what a pipe and a terminal see.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -201,6 +200,10 @@ TEST_CASE("piped: the first step, then one a while, the last, and plain lines") 
               Progress progress(0);
               for (int64_t step = 1; step <= 3; step++) progress.step(line_of(step));
           }) == format_step(line_of(1)) + "\n" + format_step(line_of(2)) + "\n" + format_step(line_of(3)) + "\n");
+    CHECK(piped([] {
+              Progress progress(3600);
+              for (int64_t step : {1, 2, 5000}) progress.step(line_of(step));
+          }) == format_step(line_of(1)) + "\n" + format_step(line_of(5000)) + "\n");
     CHECK(piped([] { Progress().finish(); }) == "");
 }
 
@@ -216,5 +219,11 @@ TEST_CASE("on a terminal: one line, cut to the width, rewritten") {
     CHECK(on_terminal(200, body) == "\r" + first + "\x1b[K\r\x1b[Ksaved\r\n\r" + last + "\x1b[K\r\n");
     CHECK(on_terminal(30, body) ==
           "\r" + first.substr(0, 29) + "\x1b[K\r\x1b[Ksaved\r\n\r" + last.substr(0, 29) + "\x1b[K\r\n");
+    CHECK(on_terminal(200, [] {
+              Progress progress(3600);
+              progress.step(line_of(1));
+              usleep(200000);
+              progress.step(line_of(2));
+          }) == "\r" + first + "\x1b[K\r" + format_step(line_of(2)) + "\x1b[K");
     CHECK(contains(on_terminal(0, body), "\r" + first.substr(0, 79) + "\x1b[K")); // a terminal that knows no width
 }

@@ -1,5 +1,4 @@
 // Linear layers against the oracle: ragged shapes, every fusion, accumulation, determinism, and sizes past 2^31.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "check.h"
 #include "oracle.h"
 

@@ -1,6 +1,5 @@
 // runtime/options.h and runtime/toml.h: what is parsed, what is refused, what a resume may change, and that
 // options.toml reads back exactly.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <bit>
@@ -213,6 +212,7 @@ TEST_CASE("bad values are refused by name") {
              {{"--prompt-tokens", "2147483648"}, "--prompt-tokens: 2147483648 is out of range"},
              {{"--sample_every", "3"}, "unknown option --sample_every"},
              {{"--vers"}, "unknown option --vers"},
+             {{"--ba\ntch"}, "unknown option --ba tch"},
              {{"more.bin"}, "unexpected argument more.bin"},
              {{"--config", "/nonexistent/c.toml"}, "/nonexistent/c.toml"}}) {
         std::string said = refusal(kFresh + c.words);
@@ -379,6 +379,12 @@ TEST_CASE("a run is refused without --resume, and goes on with it") {
     CHECK(resumed.steps == 99);
     CHECK(resumed.lr == 0.125);
     CHECK(parse({"--eval", "sample", "--init", "w", "--out", folder / "moved"}).resume == false);
+    // What belongs to a command is not taken from a run, even if somebody wrote it there.
+    put_file(folder / "moved/options.toml", options_toml(o) + "eval = \"loss\"\nout = \"elsewhere\"\nresume = false\n");
+    resumed = parse({"--resume", "--out", folder / "moved"});
+    CHECK(resumed.eval == "");
+    CHECK(resumed.out == folder / "moved");
+    CHECK(resumed.resume);
 }
 
 TEST_CASE("what a resume may change") {

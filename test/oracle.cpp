@@ -1,6 +1,5 @@
 // The oracle proves itself: closed forms where there are some, and derivatives by complex step against central
 // differences, two methods that share nothing but the function.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "oracle.h"
 
 #include "check.h"

@@ -1,5 +1,4 @@
 // runtime/outliers.h: z-scores against numbers known by hand, far from zero and at the ends of the range; the state.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

@@ -1,5 +1,4 @@
 // runtime/random.h: the known answers of Philox4x32-10, and that what is drawn from it is uniform and normal.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <vector>

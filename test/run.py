@@ -2,7 +2,7 @@
 """Runs every test that this machine can, prints the time of each part, says what it skipped and why, and closes with
 `N passed, N failed, N skipped`. Exits 1 if anything failed.
 
-    test/run.py [--long] [PART ...]      parts: cpu, cpu-bf16, asan, python (default: all)
+    test/run.py [--long] [PART ...]      parts: cpu, cpu-bf16, asan, simt, python (default: all)
 """
 
 import argparse
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 LONG_SUITE = "long"
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.
-SANITIZED = ["fuzz", "shards", "tokenizer", "options", "attention", "layernorm", "embedding"]
+SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding"]
 DOCTEST = re.compile(r"test cases:\s*(\d+)\s*\|\s*(\d+) passed\s*\|\s*(\d+) failed\s*\|\s*(\d+) skipped")
 
 
@@ -58,7 +58,9 @@ def run_doctest(tally, binary, long):
 
 
 def tests():
-    return sorted(path.stem for path in (ROOT / "test").glob("*.cpp"))
+    """Test programs: those of dev/simt, and all others."""
+    names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
+    return [n for n in names if n.startswith("simt")], [n for n in names if not n.startswith("simt")]
 
 
 def build(tally, part, targets):
@@ -114,18 +116,23 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--long", action="store_true", help="also what takes long: many seeds, kill loops, 2^31 elements")
     args = parser.parse_args()
-    parts = args.parts or ["cpu", "cpu-bf16", "asan", "python"]
-    unknown = set(parts) - {"cpu", "cpu-bf16", "asan", "python"}
+    known = ["cpu", "cpu-bf16", "asan", "simt", "python"]
+    parts = args.parts or known
+    unknown = set(parts) - set(known)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     tally, begin = Tally(), time.monotonic()
+    simt_tests, layer_tests = tests()
     for part in parts:
         print(f"{part}:", flush=True)
         start = time.monotonic()
         if part in ("cpu", "cpu-bf16"):
-            run_cpu(tally, part, tests(), args.long, [f"build/{part}/train_gpt2"])
+            run_cpu(tally, part, layer_tests, args.long, [f"build/{part}/train_gpt2"])
         elif part == "asan":
-            run_cpu(tally, "cpu-asan", [name for name in SANITIZED if name in tests()], args.long)
+            run_cpu(tally, "cpu-asan", SANITIZED, args.long)
+        elif part == "simt":
+            for name in ("simt", "simt-bf16"):
+                run_cpu(tally, name, simt_tests, args.long)
         else:
             run_python(tally, args.long)
         report(f"{part} in all", time.monotonic() - start, "")

@@ -1,5 +1,4 @@
 // runtime/schedule.h against the formulas of its header, at the points where they meet, and where they degenerate.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

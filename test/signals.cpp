@@ -1,5 +1,4 @@
 // runtime/signals.h: the first signal asks, the second kills, and a read under way goes on.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <csignal>

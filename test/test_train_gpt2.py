@@ -101,6 +101,7 @@ def test_a_run_learns_and_says_what_it_did(data, tmp_path):
     assert [event["step"] for event in steps] == list(range(1, 151))
     assert set(steps[0]) == {"event", "step", "loss", "lr", "grad_norm", "tokens"} | TIMING
     assert steps[-1]["tokens"] == 150 * 128
+    assert steps[1]["lr"] == 5e-3 and abs(steps[-1]["lr"] / 5e-4 - 1) < 1e-2  # warmed up; down to a tenth
     vals = [event for event in events if event["event"] == "val"]
     assert [event["step"] for event in vals] == [0, 50, 100, 150]
     assert abs(vals[0]["loss"] - np.log(VOCAB)) < 0.2
@@ -394,8 +395,10 @@ def refusals(data, tmp_path):
     torn.write_bytes(good.read_bytes()[:-4])
     shape.write_bytes(struct.pack("<8i", 20240326, 3, 48, 70, 2, 3, 64, 128) + good.read_bytes()[32:])
     bits.write_bytes(struct.pack("<8i", 20240326, 9, 48, 70, 2, 2, 64, 128) + good.read_bytes()[32:])
-    out = ["--out", tmp_path / "never"]
-    run = lambda **changes: [*options(data, **changes), *out]
+
+    def run(**changes):
+        return [*options(data, **changes), "--out", tmp_path / f"run_{random.random()}"]
+
     return {
         "unknown option": ([*run(), "--no-such-option"], "--no-such-option"),
         "no number": (run(steps="many"), "--steps"),
@@ -433,7 +436,7 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path):
         done = trainer(*args)
         assert done.returncode == BAD_INPUT, (name, done)
         assert len(done.stderr.strip().splitlines()) == 1 and word in done.stderr, (name, done.stderr)
-        assert not checkpoints(tmp_path / "never"), name
+        assert not list(tmp_path.glob("run_*/step_*")), name
 
 
 def test_an_existing_run_is_not_overwritten(whole, data):

@@ -1,5 +1,4 @@
 // runtime/tokenizer.h: both versions of the file, everything that can be wrong with one, and UTF-8 by the book.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -2,7 +2,7 @@
 // the same run on the same threads, so that a figure means the same on any machine.
 //
 //   bench::Table table;
-//   table.run("gelu forward", "256x3072", gelu_forward_cost(n), [&] { gelu_forward(...); });
+//   table.run("gelu forward", "256x3072", gelu_forward_cost(n), [&] { gelu_forward(...); })
 #pragma once
 #include <algorithm>
 #include <chrono>

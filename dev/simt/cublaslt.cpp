@@ -1,0 +1,269 @@
+// cuBLASLt on the CPU: operands widened to float, one product through oneDNN, then the epilogue element by element.
+// Everything is column-major unless a layout says otherwise: element (row, col) of an M×N matrix lies at col·ld + row.
+#include "include/cublasLt.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include <oneapi/dnnl/dnnl.h>
+
+#include "../../kernels/types.h"
+#include "block.h"
+
+struct cublasLtContext {};
+struct cublasLtMatmulPreferenceOpaque {};
+struct cublasLtMatrixLayoutOpaque {
+    cudaDataType_t type;
+    int64_t rows, cols, ld;
+    cublasLtOrder_t order;
+};
+struct cublasLtMatmulDescOpaque {
+    cublasOperation_t trans_a = CUBLAS_OP_N, trans_b = CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    void *bias = nullptr, *aux = nullptr;
+    int64_t aux_ld = 0;
+    int bias_type = -1, aux_type = -1; // -1: as D
+};
+
+namespace {
+
+size_t type_bytes(int type) { return type == CUDA_R_16BF ? 2 : 4; }
+bool known_type(int type) { return type == CUDA_R_32F || type == CUDA_R_16BF; }
+
+float get(const void* p, int type, int64_t i) {
+    return type == CUDA_R_16BF ? to_float(static_cast<const bf16*>(p)[i]) : static_cast<const float*>(p)[i];
+}
+void put(void* p, int type, int64_t i, float x) {
+    if (type == CUDA_R_16BF)
+        static_cast<bf16*>(p)[i] = to_bf16(x);
+    else
+        static_cast<float*>(p)[i] = x;
+}
+
+int64_t at(const cublasLtMatrixLayoutOpaque& m, int64_t row, int64_t col) {
+    return m.order == CUBLASLT_ORDER_ROW ? row * m.ld + col : col * m.ld + row;
+}
+
+// Whether `elements` of the type at p lie within one device allocation, aligned to the type.
+bool on_device(const void* p, int type, int64_t elements) {
+    simt::HeapAnswer answer = simt::look_up(reinterpret_cast<uintptr_t>(p));
+    size_t bytes = type_bytes(type);
+    return answer.state == simt::HeapState::inside && reinterpret_cast<uintptr_t>(p) % bytes == 0 &&
+           answer.end - reinterpret_cast<uintptr_t>(p) >= static_cast<size_t>(elements) * bytes;
+}
+bool holds(const void* p, const cublasLtMatrixLayoutOpaque& m) {
+    return on_device(p, m.type, at(m, m.rows - 1, m.cols - 1) + 1);
+}
+
+// The matrix, or its transpose, as floats (rows,cols) row-major.
+std::vector<float> widened(const void* p, const cublasLtMatrixLayoutOpaque& m, bool transposed) {
+    int64_t rows = transposed ? m.cols : m.rows, cols = transposed ? m.rows : m.cols;
+    std::vector<float> out(static_cast<size_t>(rows) * cols);
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) out[r * cols + c] = get(p, m.type, transposed ? at(m, c, r) : at(m, r, c));
+    return out;
+}
+
+const float kSqrt2OverPi = 0.7978845608f;
+float gelu(float x) { return 0.5f * x * (1 + std::tanh(kSqrt2OverPi * (x + 0.044715f * x * x * x))); }
+float gelu_slope(float x) {
+    float t = std::tanh(kSqrt2OverPi * (x + 0.044715f * x * x * x));
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kSqrt2OverPi * (1 + 3 * 0.044715f * x * x);
+}
+
+bool has(cublasLtEpilogue_t epilogue, int bits) { return (epilogue & bits) == bits; }
+
+template <class T> cublasStatus_t set(T& field, const void* value, size_t bytes) {
+    if (bytes != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(&field, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+} // namespace
+
+const char* cublasGetStatusString(cublasStatus_t status) {
+    switch (status) {
+    case CUBLAS_STATUS_SUCCESS:
+        return "success";
+    case CUBLAS_STATUS_ALLOC_FAILED:
+        return "the resource allocation failed";
+    case CUBLAS_STATUS_INVALID_VALUE:
+        return "an invalid value was given";
+    case CUBLAS_STATUS_NOT_SUPPORTED:
+        return "not supported";
+    }
+    return "unknown status";
+}
+const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasGetStatusString(status); }
+size_t cublasLtGetVersion() { return 0; }
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
+    *handle = new cublasLtContext;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    delete handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t, cudaDataType_t scale) {
+    if (scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    *desc = new cublasLtMatmulDescOpaque;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    delete desc;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute,
+                                              const void* value, size_t bytes) {
+    switch (attribute) {
+    case CUBLASLT_MATMUL_DESC_TRANSA:
+        return set(desc->trans_a, value, bytes);
+    case CUBLASLT_MATMUL_DESC_TRANSB:
+        return set(desc->trans_b, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE:
+        return set(desc->epilogue, value, bytes);
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+        return set(desc->bias, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
+        return set(desc->aux, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
+        return set(desc->aux_ld, value, bytes);
+    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
+        return set(desc->bias_type, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE:
+        return set(desc->aux_type, value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType_t type, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
+    if (!known_type(type)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    *layout = new cublasLtMatrixLayoutOpaque{type, static_cast<int64_t>(rows), static_cast<int64_t>(cols), ld,
+                                             CUBLASLT_ORDER_COL};
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    delete layout;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
+                                                cublasLtMatrixLayoutAttribute_t attribute, const void* value,
+                                                size_t bytes) {
+    if (attribute != CUBLASLT_MATRIX_LAYOUT_ORDER) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return set(layout->order, value, bytes);
+}
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
+    *preference = new cublasLtMatmulPreferenceOpaque;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    delete preference;
+    return CUBLAS_STATUS_SUCCESS;
+}
+// There is one algorithm here, and it needs no work space.
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t,
+                                                    const void*, size_t) {
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+static cublasStatus_t check(const cublasLtMatmulDescOpaque& desc, const cublasLtMatrixLayoutOpaque& a,
+                            const cublasLtMatrixLayoutOpaque& b, const cublasLtMatrixLayoutOpaque& c,
+                            const cublasLtMatrixLayoutOpaque& d) {
+    int64_t k = desc.trans_a == CUBLAS_OP_N ? a.cols : a.rows, m = desc.trans_a == CUBLAS_OP_N ? a.rows : a.cols;
+    int64_t k_b = desc.trans_b == CUBLAS_OP_N ? b.rows : b.cols, n = desc.trans_b == CUBLAS_OP_N ? b.cols : b.rows;
+    if (m != d.rows || n != d.cols || k != k_b || c.rows != d.rows || c.cols != d.cols || m <= 0 || n <= 0 || k <= 0)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    for (const auto* one : {&a, &b, &c, &d})
+        if (one->ld < (one->order == CUBLASLT_ORDER_ROW ? one->cols : one->rows)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (a.type != b.type || (a.type == CUDA_R_32F && d.type != CUDA_R_32F) || c.type != d.type)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    switch (desc.epilogue) {
+    case CUBLASLT_EPILOGUE_DEFAULT:
+        break;
+    case CUBLASLT_EPILOGUE_BIAS:
+    case CUBLASLT_EPILOGUE_GELU:
+    case CUBLASLT_EPILOGUE_GELU_BIAS:
+    case CUBLASLT_EPILOGUE_GELU_AUX:
+    case CUBLASLT_EPILOGUE_GELU_AUX_BIAS:
+    case CUBLASLT_EPILOGUE_DGELU:
+    case CUBLASLT_EPILOGUE_DGELU_BGRAD:
+    case CUBLASLT_EPILOGUE_BGRADA:
+    case CUBLASLT_EPILOGUE_BGRADB:
+        // As the library: epilogues want a column-major result.
+        if (d.order != CUBLASLT_ORDER_COL) return CUBLAS_STATUS_NOT_SUPPORTED;
+        break;
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                                              cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                              cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t, int wanted,
+                                              cublasLtMatmulHeuristicResult_t* results, int* found) {
+    *found = 0;
+    if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    cublasStatus_t status = check(*desc, *a, *b, *c, *d);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    results[0] = {};
+    *found = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha_at, const void* a,
+                              cublasLtMatrixLayout_t al, const void* b, cublasLtMatrixLayout_t bl, const void* beta_at,
+                              const void* c, cublasLtMatrixLayout_t cl, void* d, cublasLtMatrixLayout_t dl,
+                              const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
+    cublasStatus_t status = check(*desc, *al, *bl, *cl, *dl);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    float alpha = *static_cast<const float*>(alpha_at), beta = *static_cast<const float*>(beta_at);
+    int64_t M = dl->rows, N = dl->cols, K = desc->trans_a == CUBLAS_OP_N ? al->cols : al->rows;
+    cublasLtEpilogue_t epilogue = desc->epilogue;
+    bool gradient = has(epilogue, CUBLASLT_EPILOGUE_DGELU), forward = has(epilogue, CUBLASLT_EPILOGUE_GELU);
+    bool bias_of_rows = has(epilogue, CUBLASLT_EPILOGUE_BGRADA) || gradient, uses_aux = epilogue & 128;
+    bool bias_gradient = has(epilogue, CUBLASLT_EPILOGUE_BGRADA) || has(epilogue, CUBLASLT_EPILOGUE_BGRADB) ||
+                         epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD;
+    bool adds_bias = has(epilogue, CUBLASLT_EPILOGUE_BIAS);
+    int bias_type = desc->bias_type < 0 ? dl->type : desc->bias_type,
+        aux_type = desc->aux_type < 0 ? dl->type : desc->aux_type;
+    if (!known_type(bias_type) || !known_type(aux_type)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    int64_t bias_length = bias_gradient && !bias_of_rows ? N : M;
+    if (!holds(a, *al) || !holds(b, *bl) || !holds(d, *dl) || (beta != 0 && !holds(c, *cl)) ||
+        ((adds_bias || bias_gradient) && !on_device(desc->bias, bias_type, bias_length)) ||
+        (uses_aux && (desc->aux_ld < M || !on_device(desc->aux, aux_type, (N - 1) * desc->aux_ld + M))))
+        return CUBLAS_STATUS_INVALID_VALUE;
+
+    // Dᵀ (N,M) row-major = op(B)ᵀ (N,K) · op(A)ᵀ (K,M).
+    std::vector<float> right = widened(a, *al, desc->trans_a == CUBLAS_OP_N),
+                       left = widened(b, *bl, desc->trans_b == CUBLAS_OP_N);
+    std::vector<float> sum(static_cast<size_t>(N) * M);
+    if (dnnl_sgemm('N', 'N', N, M, K, 1.0f, left.data(), K, right.data(), M, 0.0f, sum.data(), M) != dnnl_success)
+        return CUBLAS_STATUS_ALLOC_FAILED;
+
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t m = 0; m < M; m++) {
+            float x = alpha * sum[n * M + m];
+            if (beta != 0) x += beta * get(c, cl->type, at(*cl, m, n));
+            if (adds_bias) x += get(desc->bias, bias_type, m);
+            if (forward) {
+                if (uses_aux) put(desc->aux, aux_type, n * desc->aux_ld + m, x);
+                x = gelu(x);
+            }
+            if (gradient) x *= gelu_slope(get(desc->aux, aux_type, n * desc->aux_ld + m));
+            sum[n * M + m] = x;
+            put(d, dl->type, at(*dl, m, n), x);
+        }
+    if (bias_gradient) {
+        std::vector<double> total(bias_length);
+        for (int64_t i = 0; i < (gradient ? N : K); i++)
+            for (int64_t j = 0; j < bias_length; j++)
+                total[j] += gradient ? sum[i * M + j] : bias_of_rows ? right[i * M + j] : left[j * K + i];
+        for (int64_t j = 0; j < bias_length; j++) put(desc->bias, bias_type, j, static_cast<float>(total[j]));
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}

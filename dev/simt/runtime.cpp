@@ -1,0 +1,208 @@
+// The CUDA runtime's calls: memory comes from heap.cpp, streams and events are numbers without a life, since everything
+// has happened by the time a call returns.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include <sys/mman.h>
+
+#include "block.h"
+#include "include/cuda_runtime.h"
+
+static cudaError_t& last_error() {
+    static thread_local cudaError_t error = cudaSuccess;
+    return error;
+}
+static cudaError_t done(cudaError_t error) {
+    if (error != cudaSuccess) last_error() = error;
+    return error;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess:
+        return "no error";
+    case cudaErrorInvalidValue:
+        return "invalid argument";
+    case cudaErrorMemoryAllocation:
+        return "out of memory";
+    case cudaErrorInvalidConfiguration:
+        return "invalid configuration argument";
+    case cudaErrorInvalidDevicePointer:
+        return "invalid device pointer";
+    case cudaErrorInvalidDevice:
+        return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle:
+        return "invalid resource handle";
+    case cudaErrorNotReady:
+        return "device not ready";
+    }
+    return "unrecognized error code";
+}
+const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+cudaError_t cudaGetLastError() { return std::exchange(last_error(), cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error(); }
+
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return done(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+
+// An A100's figures where kernels choose tiles by them, and as much memory as this machine has.
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+    if (device != 0) return done(cudaErrorInvalidDevice);
+    *p = {};
+    strcpy(p->name, "simulated GPU");
+    p->totalGlobalMem = simt::settings().device_bytes;
+    p->sharedMemPerBlock = 48 * 1024;
+    p->sharedMemPerBlockOptin = simt::settings().shared_per_block;
+    p->sharedMemPerMultiprocessor = simt::settings().shared_per_block + 1024;
+    p->major = 8;
+    p->multiProcessorCount = 4;
+    p->warpSize = simt::kLanes;
+    p->maxThreadsPerBlock = simt::kMaxThreads;
+    p->maxThreadsPerMultiProcessor = 2048;
+    p->regsPerBlock = 65536;
+    p->l2CacheSize = 40 << 20;
+    p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+    p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    cudaDeviceProp p;
+    if (cudaError_t error = cudaGetDeviceProperties(&p, device)) return error;
+    switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = static_cast<int>(p.sharedMemPerBlockOptin);
+        break;
+    case cudaDevAttrMultiProcessorCount:
+        *value = p.multiProcessorCount;
+        break;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = p.major;
+        break;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = p.minor;
+        break;
+    default:
+        return done(cudaErrorInvalidValue);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+    *total = simt::settings().device_bytes;
+    *available = *total - std::min(*total, simt::device_allocated());
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+    *pointer = nullptr;
+    if (bytes == 0) return cudaSuccess;
+    *pointer = simt::device_allocate(bytes, simt::settings().device_bytes);
+    return done(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFree(void* pointer) {
+    return done(!pointer || simt::device_release(pointer) ? cudaSuccess : cudaErrorInvalidDevicePointer);
+}
+// Kernels may read pinned memory, so it lies in the same heap.
+cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
+cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+
+// Whether the device side of a copy is one allocation that holds all of it.
+static bool on_device(const void* p, size_t bytes) {
+    simt::HeapAnswer answer = simt::look_up(reinterpret_cast<uintptr_t>(p));
+    return answer.state == simt::HeapState::inside && answer.end - reinterpret_cast<uintptr_t>(p) >= bytes;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    if (bytes == 0) return cudaSuccess;
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if ((to_device && !on_device(to, bytes)) || (from_device && !on_device(from, bytes)))
+        return done(cudaErrorInvalidValue);
+    memmove(to, from, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
+
+cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    if (bytes == 0) return cudaSuccess;
+    if (!on_device(to, bytes)) return done(cudaErrorInvalidValue);
+    // Huge and zero: whole pages are given back instead, and come again as zeros when touched.
+    constexpr size_t kHuge = size_t{64} << 20, kPage = 4096;
+    if (value == 0 && bytes > kHuge) {
+        uintptr_t begin = reinterpret_cast<uintptr_t>(to), end = begin + bytes;
+        uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+        memset(to, 0, first - begin);
+        madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+        memset(reinterpret_cast<void*>(last), 0, end - last);
+    } else
+        memset(to, value, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+
+struct CUstream_st {};
+struct CUevent_st {
+    std::chrono::steady_clock::time_point time;
+};
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    *stream = new CUstream_st;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    delete stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+    *event = new CUevent_st{};
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+    event->time = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+    *milliseconds = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+    if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize &&
+        (value < 0 || static_cast<size_t>(value) > simt::settings().shared_per_block))
+        return done(cudaErrorInvalidValue);
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
+    static thread_local std::string kept;
+    kept = simt::function_name(kernel);
+    *name = kept.c_str();
+    return cudaSuccess;
+}
+// Without registers to count, what threads and shared memory alone allow.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
+    if (threads <= 0) return done(cudaErrorInvalidValue);
+    size_t by_shared = (simt::settings().shared_per_block + 1024) / (shared_bytes + 1024);
+    *blocks = static_cast<int>(std::min<size_t>(2048 / threads, std::min<size_t>(by_shared, 32)));
+    return cudaSuccess;
+}
