@@ -44,16 +44,18 @@ template <class T> void check_close(const char* name, const std::vector<T>& got,
                                     double tolerance, double floor = 0) {
     REQUIRE(got.size() == want.size());
     double norm = 0;
-    for (double w : want) norm += w * w;
+    for (double w : want) norm += std::isinf(w) ? 0 : w * w;
     norm = std::sqrt(norm / (want.empty() ? 1 : want.size()));
     double bound = tolerance * (norm + floor), worst = -1;
     size_t at = 0;
     for (size_t i = 0; i < want.size(); i++) {
         double error = std::abs(to_float(got[i]) - want[i]);
         // An element much larger than the norm is allowed its own rounding.
-        error -= tolerance * std::abs(want[i]);
+        if (std::isinf(want[i]))
+            error = to_float(got[i]) == want[i] ? 0 : INFINITY;
+        else
+            error -= tolerance * std::abs(want[i]);
         if (std::isnan(error)) error = INFINITY;
-        if (std::isinf(want[i]) && to_float(got[i]) == want[i]) error = 0;
         if (error > worst) worst = error, at = i;
     }
     std::string said = std::string(name) + ": worst at " + std::to_string(at) + " of " + std::to_string(want.size());
