@@ -360,7 +360,9 @@ def test_interrupted_run_leaves_nothing_final(how, gpt2_like, tmp_path):
     options = ["--out", out, "--tokenizer", gpt2_like, "--shard-tokens", "20000", "--workers", "2"]
     command = [sys.executable, f"{HERE}/prepare.py", tmp_path / "a.jsonl", *options]
     with open(errors, "w") as file:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
+        # Whoever starts the tests in the background has them ignore SIGINT, and a child would inherit that.
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         wait_until(lambda: len(list(out.glob(".partial/train_*.bin"))) >= 3)
         workers = children(process.pid)
