@@ -91,8 +91,8 @@ $(eval $(call SIMT_RULES,simt-bf16,-DPRECISION_BF16=1))
 
 demo:
 	@dev/setup.sh demo
-	@$(MAKE) --no-print-directory -j$$(nproc) cpu
-	@scripts/demo.sh $(TEXT)
+	@$(MAKE) --no-print-directory -j$$(nproc) all
+	@scripts/demo.sh "$(TEXT)"
 
 test:
 	@dev/setup.sh test

@@ -85,7 +85,7 @@ def check_python(complain):
 
 def check_help(complain):
     """README names no option that the trainers lack."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     table = (ROOT / "runtime" / "options.cpp").read_text(encoding="utf-8")
     for option in sorted(set(re.findall(r"train_\w+ [^`\n]*", readme))):
         for name in re.findall(r"--([a-z][a-z-]+)", option):

@@ -22,7 +22,7 @@ for package in "${packages[@]}"; do
 done
 if ((${#missing[@]})); then
     if ((EUID != 0)); then
-        echo "setup.sh: packages are missing; run: sudo apt-get install -y ${missing[*]}" >&2
+        echo "setup.sh: packages are missing; run: sudo apt-get update && sudo apt-get install -y ${missing[*]}" >&2
         exit 1
     fi
     echo "setup: installing ${missing[*]}"

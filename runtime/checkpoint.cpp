@@ -309,3 +309,13 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& run,
     }
     return {};
 }
+
+bool holds_checkpoints(const std::string& run) {
+    std::error_code error;
+    for (fs::directory_iterator entry(run, error), end; !error && entry != end; entry.increment(error)) {
+        std::string name = entry->path().filename().string();
+        if (name.rfind("step_", 0) == 0 || (name.rfind(".step_", 0) == 0 && entry->path().extension() == ".old"))
+            return true;
+    }
+    return false;
+}

@@ -51,4 +51,7 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& run,
 // One checkpoint folder, verified; throws BadInput naming what is wrong.
 Checkpoint open_checkpoint(const std::string& path);
 
+// Does the folder hold checkpoints, whole or not?
+bool holds_checkpoints(const std::string& run);
+
 std::string checkpoint_name(int64_t step); // step_00000100

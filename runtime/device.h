@@ -23,8 +23,8 @@ struct Device {
 // "cpu fp32, AMD EPYC, 2 threads": the first line of a run.
 std::string device_line(const Device& device);
 
-// Zeroed device memory, 4 KiB aligned; throws RunFailed naming the size if there is not that much. Pages are taken when
-// first touched.
+// Zeroed device memory, 4 KiB aligned; throws RunFailed naming the size if the system refuses it. On the CPU pages are
+// taken when first touched.
 void* device_alloc(size_t bytes);
 void device_free(void* pointer, size_t bytes);
 

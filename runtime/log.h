@@ -37,6 +37,7 @@ struct StepLine {
 class Progress {
 public:
     explicit Progress(double every = 10);
+    ~Progress() { finish(); } // so that an error does not land on the drawn line
     void step(const StepLine& line);
     void say(const std::string& line);
     void finish();

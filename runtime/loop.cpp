@@ -32,6 +32,10 @@ static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", lin
 Start find_start(const Options& options) {
     Start start;
     if (options.resume) start.resume = newest_checkpoint(options.out, warn);
+    // To start afresh would cut the log of a run whose checkpoints perhaps only could not be read just now.
+    if (options.resume && !start.resume && holds_checkpoints(options.out))
+        throw BadInput(options.out + ": none of its checkpoints is whole (each is named above); restore one, or start "
+                                     "another run with another --out");
     if (start.resume) {
         start.weights = start.resume->part("model.bin");
     } else if (fs::is_directory(options.init)) {
@@ -51,10 +55,15 @@ int64_t choose_vocab(const Options& options, int64_t family_vocab) {
     return options.tokenizer.empty() ? family_vocab : Tokenizer(options.tokenizer).size();
 }
 
-// Decodes where there is a tokenizer, else writes the ids. Refuses a tokenizer larger than the model.
+// Decodes where there is a tokenizer, else writes the ids. Refuses a tokenizer or a prompt that the model does not
+// know.
 class Text {
 public:
     Text(const Options& options, int64_t V) {
+        for (int32_t id : options.prompt_tokens)
+            if (id < 0 || id >= V)
+                throw BadInput("--prompt-tokens: " + std::to_string(id) + " is not below the vocabulary of " +
+                               std::to_string(V));
         if (options.tokenizer.empty()) return;
         tokenizer_ = std::make_unique<Tokenizer>(options.tokenizer);
         if (tokenizer_->size() > V)
@@ -82,10 +91,6 @@ static std::string generate(const Options& options, Model& model, const Text& te
     std::vector<int32_t> ids = options.prompt_tokens;
     bool prompted = !ids.empty();
     if (!prompted) ids = {text.first_token(V)};
-    for (int32_t id : ids)
-        if (id < 0 || id >= V)
-            throw BadInput("--prompt-tokens: " + std::to_string(id) + " is not below the vocabulary of " +
-                           std::to_string(V));
     std::vector<float> logits(V);
     int64_t window = 0, cached = 0; // rows of ids[window…] that the model has seen
     for (int64_t i = 0; i < options.sample_tokens; i++) {
@@ -178,10 +183,18 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
                        " is not a multiple of batch x context, " + std::to_string(micro));
     if (!options.train.empty())
         loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
-    if (options.steps < 0) options.steps = loader_->windows_per_epoch() / (options.tokens_per_step / model.context());
-    if (options.warmup < 0) options.warmup = options.steps / 100;
-    if (options.decay_steps < 0) options.decay_steps = options.steps / 5;
+    if (options.steps < 0) {
+        options.steps = loader_->windows_per_epoch() / (options.tokens_per_step / model.context());
+        if (!options.steps)
+            throw BadInput("--train " + options.train + " has " + std::to_string(loader_->windows_per_epoch()) +
+                           " windows of " + std::to_string(model.context()) + " tokens, fewer than one step of " +
+                           std::to_string(options.tokens_per_step) + "; lower --tokens-per-step, or give --steps");
+    }
+    // A run of no steps leaves them open for the one that goes on from it.
+    if (options.warmup < 0 && options.steps) options.warmup = options.steps / 100;
+    if (options.decay_steps < 0 && options.steps) options.decay_steps = options.steps / 5;
     if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model);
+    if (start.resume) resume(*start.resume); // may refuse, so before anything is written
 
     std::error_code error;
     fs::create_directories(options.out, error);
@@ -189,7 +202,9 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
     write_file_whole(options.out + "/options.toml", options_toml(options));
     int64_t keep_bytes = start.resume ? start.resume->meta.at("log_bytes").get<int64_t>() : 0;
     log_ = std::make_unique<RunLog>(options.out + "/log.jsonl", keep_bytes);
-    if (start.resume) resume(*start.resume);
+    if (!start.resume) return;
+    if (due(options_.save_every) || step_ == options_.steps) log_save();
+    progress_.say("resumed " + start.resume->path);
 }
 
 void Run::resume(const Checkpoint& from) {
@@ -202,10 +217,8 @@ void Run::resume(const Checkpoint& from) {
     skips_ = meta.at("skips");
     losses_.restore(meta.at("losses"));
     norms_.restore(meta.at("norms"));
-    if (loader_) loader_->restore(meta.at("loader"));
+    if (loader_ && meta.contains("loader")) loader_->restore(meta.at("loader")); // a run of no steps had no data
     read_state(device_, MappedFile(from.part("optimizer.bin")), model_.tensors());
-    if (due(options_.save_every) || step_ == options_.steps) log_save();
-    progress_.say("resumed " + from.path);
 }
 
 void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }

@@ -12,6 +12,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "checkpoint.h"
 #include "errors.h"
 #include "files.h"
 #include "toml.h"
@@ -105,7 +106,7 @@ std::vector<Row> option_table() {
          {0, 0x7fffffff},
          "end of text"},
 
-        {run, "out", "DIR", "run folder: log, checkpoints, samples, options.toml", &O::out, command, {}, "none"},
+        {run, "out", "DIR", "run folder: log, checkpoints, options.toml", &O::out, command, {}, "none"},
         {run, "resume", "",
          "go on from the newest whole checkpoint in --out with the run's own options, or start "
          "afresh if there is none",
@@ -478,7 +479,7 @@ Options parse_options(int argc, char** argv, const Family& family) {
             bool first_data =
                 row.name == std::string("train") && was.empty(); // a run of --steps 0 may get its data now
             if (row.scope == Scope::fixed && left_open) continue;
-            if (row.scope == Scope::fixed && was != now && !first_data)
+            if (row.scope == Scope::fixed && was != now && !first_data && holds_checkpoints(asked.out))
                 throw BadInput(value.where + ": the run in " + asked.out + " has " + shown(was) +
                                " and cannot go on with " + now +
                                ": leave it out, or start another run with another --out");

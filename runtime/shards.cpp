@@ -164,7 +164,13 @@ int64_t Loader::windows_per_epoch() const {
     return windows;
 }
 
-nlohmann::json Loader::state() const { return {{"drawn", drawn_}}; }
+std::vector<int64_t> Loader::windows() const {
+    std::vector<int64_t> counts;
+    for (const Windows& source : sources_) counts.push_back(source.count());
+    return counts;
+}
+
+nlohmann::json Loader::state() const { return {{"drawn", drawn_}, {"windows", windows()}}; }
 
 void Loader::restore(const nlohmann::json& state) {
     auto drawn = state.is_object() ? state.find("drawn") : state.end();
@@ -185,6 +191,11 @@ void Loader::restore(const nlohmann::json& state) {
                            " where a count of windows belongs; use another checkpoint");
         counts.push_back(count.get<int64_t>());
     }
+    // Other windows would be another order: some seen twice, some never.
+    if (auto then = state.find("windows"); then != state.end() && *then != nlohmann::json(windows()))
+        throw BadInput("the sources have " + nlohmann::json(windows()).dump() +
+                       " windows, but the checkpoint was made with " + then->dump() +
+                       "; put back the shards that the run was started with");
     drawn_ = counts;
 }
 

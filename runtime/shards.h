@@ -51,8 +51,8 @@ public:
     void next(int32_t* inputs, int32_t* targets, int64_t B);
     int64_t windows_per_epoch() const; // all sources together
 
-    // The data position, for checkpoints: {"drawn": [windows taken from each source]}. restore() refuses a state of
-    // another shape, or with counts that no run can have reached.
+    // The data position, for checkpoints: {"drawn": [windows taken from each source], "windows": [how many each has]}.
+    // restore() refuses a state of another shape, of other data, or with counts that no run can have reached.
     nlohmann::json state() const;
     void restore(const nlohmann::json& state);
 
@@ -62,6 +62,7 @@ private:
     std::vector<int64_t> drawn_;
     int64_t T_;
     uint64_t seed_;
+    std::vector<int64_t> windows() const; // of each source
 
     size_t furthest_behind() const;
 };

@@ -23,7 +23,7 @@ echo "== tokens: a byte-level BPE of 2048 tokens, trained on $text"
 
 echo
 echo "== training: 4 layers, width 192, context 1024"
-build/cpu/train_gpt2 --model 4,192,3 --tokenizer demo/tokens/tokenizer.bin \
+./train_gpt2 --model 4,192,3 --tokenizer demo/tokens/tokenizer.bin \
     --train 'demo/tokens/train_*.bin' --val 'demo/tokens/val_*.bin' --context 1024 --batch 1 \
     --steps 1300 --lr 3e-3 --warmup 50 --val-every 100 --val-tokens 32768 \
     --sample-every 325 --sample-tokens 120 --save-every 650 --out demo/run
@@ -33,6 +33,6 @@ echo
 echo "== all of it is in demo/:"
 echo "  demo/loss.png             train and validation loss against tokens"
 echo "  demo/run/log.jsonl        every step, validation and sample"
-echo "  demo/run/step_00001300/   the model; model.bin is an llm.c weights file"
+echo "  demo/run/step_*/          the model; model.bin is an llm.c weights file"
 echo "  demo/tokens/              token shards and the tokenizer"
 echo "go on: .venv/bin/python scripts/generate.py demo/run 'In the beginning'"

@@ -224,6 +224,6 @@ TEST_CASE("on a terminal: one line, cut to the width, rewritten") {
               progress.step(line_of(1));
               usleep(200000);
               progress.step(line_of(2));
-          }) == "\r" + first + "\x1b[K\r" + format_step(line_of(2)) + "\x1b[K");
-    CHECK(contains(on_terminal(0, body), "\r" + first.substr(0, 79) + "\x1b[K")); // a terminal that knows no width
+          }) == "\r" + first + "\x1b[K\r" + format_step(line_of(2)) + "\x1b[K\r\n"); // closed when it goes
+    CHECK(contains(on_terminal(0, body), "\r" + first.substr(0, 79) + "\x1b[K"));    // a terminal that knows no width
 }

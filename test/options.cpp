@@ -396,6 +396,7 @@ TEST_CASE("what a resume may change") {
     Options o;
     o.model = "tiny", o.vocab = 300, o.train = "x.bin", o.context = 64, o.tokens_per_step = 64;
     std::filesystem::create_directory(out);
+    std::filesystem::create_directories(out + "/step_00000001"); // without a checkpoint nothing binds yet
     put_file(out + "/options.toml", options_toml(o));
 
     size_t seen = 0;

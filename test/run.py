@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 LONG_SUITE = "long"
+TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding"]
 DOCTEST = re.compile(r"test cases:\s*(\d+)\s*\|\s*(\d+) passed\s*\|\s*(\d+) failed\s*\|\s*(\d+) skipped")
@@ -32,6 +33,12 @@ class Tally:
         self.skipped += skipped
 
 
+def run(command):
+    """`timeout` also ends what the program started, and exits with 124."""
+    return subprocess.run(["timeout", str(TIMEOUT), *command], capture_output=True, text=True, errors="replace",
+                          stdin=subprocess.DEVNULL)
+
+
 def report(name, seconds, outcome):
     print(f"  {name:<32} {seconds:7.1f} s   {outcome}", flush=True)
 
@@ -40,7 +47,7 @@ def run_doctest(tally, binary, long):
     """One test program; what it prints appears only if it fails."""
     command = [f"./{binary}"] + ([] if long else [f"--test-suite-exclude={LONG_SUITE}"])
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    done = run(command)
     seconds = time.monotonic() - start
     counts = DOCTEST.search(done.stdout)
     if counts:
@@ -93,7 +100,7 @@ def run_python(tally, long):
         for file in files:
             start = time.monotonic()
             command = [str(python), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", file]
-            done = subprocess.run(command + ([] if long else ["-m", "not long"]), capture_output=True, text=True)
+            done = run(command + ([] if long else ["-m", "not long"]))
             seconds = time.monotonic() - start
             last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
             found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", last)}
