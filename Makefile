@@ -16,7 +16,7 @@ LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-cont
 LIBS = -ldnnl -fopenmp
 
 LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
-RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
+RUNTIME = $(basename $(notdir $(wildcard runtime/*.cpp)))
 BENCHES = $(basename $(notdir $(wildcard dev/bench/*.cpp)))
 
 comma = ,
@@ -39,7 +39,7 @@ build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) $(TEST_FLAGS) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
@@ -75,7 +75,7 @@ build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/main.o: test/main.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) $(TEST_FLAGS) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@

@@ -18,7 +18,6 @@
 
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.69314718055994531;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 

@@ -86,21 +86,28 @@ inline float max(Vec v) {
     return reduce(v, [](Vec a, Vec b) { return max(a, b); });
 }
 
-// e^x within 1.5 ulp on [-87.3, 88.7]: x = n·ln2 + r, |r| <= ln2/2, a degree-6 polynomial for e^r (Cephes' expf), 2^n
-// through the exponent bits. Below -87.3 (where floats turn subnormal) it is 0, above 88.7 it is +Inf, NaN stays NaN.
-inline Vec exp(Vec x) {
-    const float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-    const float kRound = 12582912.f; // 1.5·2^23: adding it rounds to the nearest integer
-    Vec clamped = min(max(x, splat(-87.3f)), splat(88.7f));
-    Vec n = (clamped * kLog2e + kRound) - kRound;
-    Vec r = clamped - n * kLn2Hi - n * kLn2Lo;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kRound = 12582912.f; // 1.5·2^23: adding it rounds to the nearest integer
+
+// e^r for r = x − n·ln2, |r| <= ln2/2: a degree-6 polynomial (Cephes' expf). ln2 is taken in two parts, the first of so
+// few bits that its product with n is exact.
+inline Vec exp_reduced(Vec x, Vec n) {
+    Vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
     Vec p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
+    return p * r * r + r + 1.f;
+}
+
+// e^x within 1.5 ulp on [-87.3, 88.7]: e^r from above, 2^n through the exponent bits. Below -87.3 (where floats turn
+// subnormal) it is 0, above 88.7 it is +Inf, NaN stays NaN.
+inline Vec exp(Vec x) {
+    Vec clamped = min(max(x, splat(-87.3f)), splat(88.7f));
+    Vec n = (clamped * kLog2e + kRound) - kRound;
+    Vec p = exp_reduced(clamped, n);
     // Two factors, since 2^n alone overflows at n = 128.
     VecInt half = __builtin_convertvector(n, VecInt) >> 1, rest = __builtin_convertvector(n, VecInt) - half;
     Vec result = p * (Vec)((half + 127) << 23) * (Vec)((rest + 127) << 23);
@@ -112,18 +119,8 @@ inline Vec exp(Vec x) {
 // The same for |x| <= 87.3 and half the instructions: no end to guard, and 2^n is read off the rounded sum's low bits.
 // NaN stays NaN.
 inline Vec exp_bounded(Vec x) {
-    const float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-    const float kRound = 12582912.f; // 1.5·2^23, as above
     Vec shifted = x * kLog2e + kRound, n = shifted - kRound;
-    Vec r = x - n * kLn2Hi - n * kLn2Lo;
-    Vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    return p * (Vec)(((VecBits)shifted << 23) + 0x3f800000u);
+    return exp_reduced(x, n) * (Vec)(((VecBits)shifted << 23) + 0x3f800000u);
 }
 
 // The standard normal distribution, by which erf(x) = 2·below(x·sqrt(2)) − 1 without losing the left tail.
