@@ -16,7 +16,7 @@ LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-cont
 LIBS = -ldnnl -fopenmp
 
 LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
-RUNTIME = $(basename $(notdir $(wildcard runtime/*.cpp)))
+RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 BENCHES = $(basename $(notdir $(wildcard dev/bench/*.cpp)))
 
 comma = ,
@@ -60,29 +60,44 @@ endef
 $(eval $(call BUILD_RULES,cpu,))
 $(eval $(call BUILD_RULES,cpu-bf16,-DPRECISION_BF16=1))
 $(eval $(call BUILD_RULES,cpu-asan,-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
-# dev/simt runs CUDA kernels on the CPU. Only kernels and the tests of dev/simt are instrumented: every access calls a
-# function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays as the source has it. No tail calls: a
-# report's line is that of the call's return address.
+# The simt builds: the CUDA kernels on the CPU, compiled by g++ against dev/simt. Only kernels and the tests of dev/simt
+# are instrumented: every access calls a function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays
+# as the source has it. No tail calls: a report's line is that of the call's return address.
+KERNELS = $(basename $(notdir $(wildcard kernels/*.cu)))
+CUDA_RUNTIME = $(basename $(notdir $(filter-out %_cpu.cpp,$(wildcard runtime/*.cpp))))
 SIMT = $(basename $(notdir $(wildcard dev/simt/*.cpp)))
 SIMT_FLAGS = -DLONGHAND_SIMT=1 -g -Idev/simt/include
-SIMT_KERNEL_FLAGS = -O2 -march=native -Wno-unknown-pragmas -fsanitize=thread --param tsan-instrument-func-entry-exit=0 \
-	-fno-optimize-sibling-calls -fno-tree-vectorize -fno-tree-slp-vectorize -fno-store-merging
+SIMT_KERNEL_OPTIMIZE ?= -O2
+SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -march=native -Wno-unknown-pragmas -fsanitize=thread \
+	--param tsan-instrument-func-entry-exit=0 -fno-optimize-sibling-calls -fno-tree-vectorize -fno-tree-slp-vectorize \
+	-fno-store-merging
 SIMT_LIBS = -lboost_context -ldnnl -fopenmp
 
 define SIMT_RULES
 build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/main.o: test/main.cpp Makefile
+build/$(1)/%.o: kernels/%.cu Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/%.o: test/%.cpp Makefile
+	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
+build/$(1)/runtime/%.o: runtime/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o: build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/libsimt.a: $(SIMT:%=build/$(1)/simt/%.o)
+build/$(1)/test/%.o: test/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/trainer_%.o: train_%.cu Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o) $(SIMT:%=build/$(1)/simt/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
-build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/libsimt.a
+build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
+	$(CXX) $$^ $(SIMT_LIBS) -o $$@
+build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
 endef
 $(eval $(call SIMT_RULES,simt,))

@@ -28,6 +28,9 @@ inline unsigned blocks_for(int64_t n, int64_t per_block) {
     return static_cast<unsigned>(blocks);
 }
 
+// Whether an array can be moved 16 bytes at a time from its first element on.
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 inline std::string kernel_name(const void* kernel) {
     const char* mangled = nullptr;
     if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || !mangled) return "kernel";

@@ -211,6 +211,21 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     return r;
 #endif
 }
+// N floats as one access of T, bf16 rounded two at a time.
+template <class T, int N> __device__ __forceinline__ Pack<T, N> round_pack(const float (&x)[N]) {
+    Pack<T, N> packed;
+    if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            uint32_t pair = pack_bf16(x[i], x[i + 1]);
+            packed[i].bits = static_cast<uint16_t>(pair), packed[i + 1].bits = static_cast<uint16_t>(pair >> 16);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) assign(packed[i], x[i]);
+    }
+    return packed;
+}
 __device__ __forceinline__ float unpack_bf16_low(uint32_t r) { return __uint_as_float(r << 16); }
 __device__ __forceinline__ float unpack_bf16_high(uint32_t r) { return __uint_as_float(r & 0xffff0000u); }
 

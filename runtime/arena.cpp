@@ -1,6 +1,6 @@
 #include "arena.h"
 
-#include "device.h"
+#include "memory.h"
 
 // A cache line on the CPU, and enough for any vector access.
 constexpr size_t kAlignment = 256;

@@ -6,6 +6,7 @@
 
 #include "../kernels/matmul.h"
 #include "../kernels/types.h"
+#include "memory.h"
 
 struct Device {
     Stream stream = nullptr;
@@ -23,15 +24,7 @@ struct Device {
 // "cpu fp32, AMD EPYC, 2 threads": the first line of a run.
 std::string device_line(const Device& device);
 
-// Zeroed device memory, 4 KiB aligned; throws RunFailed naming the size if the system refuses it. On the CPU pages are
-// taken when first touched.
-void* device_alloc(size_t bytes);
-void device_free(void* pointer, size_t bytes);
-
 // Copies between host and device and fills; ordered on the stream, download() waits for its data.
 void upload(const Device& device, void* to, const void* from, size_t bytes);
 void download(const Device& device, void* to, const void* from, size_t bytes);
 void fill_zero(const Device& device, void* to, size_t bytes);
-
-// Most memory this process has had resident, in bytes.
-size_t peak_resident_bytes();

@@ -9,10 +9,6 @@
 #include <vector>
 
 #include <omp.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-
-#include "errors.h"
 
 static double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -60,17 +56,6 @@ std::string device_line(const Device& device) {
            (device.threads == 1 ? " thread, " : " threads, ") + peak;
 }
 
-void* device_alloc(size_t bytes) {
-    void* pointer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (pointer == MAP_FAILED)
-        throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of memory: " + strerror(errno));
-    // Without huge pages a step spends several percent of its time in TLB misses.
-    madvise(pointer, bytes, MADV_HUGEPAGE);
-    return pointer;
-}
-
-void device_free(void* pointer, size_t bytes) { munmap(pointer, bytes); }
-
 void upload(const Device&, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 void download(const Device&, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
@@ -80,10 +65,4 @@ void fill_zero(const Device&, void* to, size_t bytes) {
 #pragma omp parallel for schedule(static)
     for (int64_t page = 0; page < pages; page++)
         memset(static_cast<char*>(to) + page * kPage, 0, std::min(kPage, bytes - page * kPage));
-}
-
-size_t peak_resident_bytes() {
-    rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return static_cast<size_t>(usage.ru_maxrss) * 1024;
 }

@@ -9,13 +9,13 @@ constexpr bool kMaster = sizeof(real) < sizeof(float); // the bf16 build keeps f
 
 // Float weights, wherever this build keeps them, and what goes with them.
 struct State {
-    std::vector<float> weights, m, v; // (n)
-    std::vector<real> params;         // (n); NaN at first in the bf16 build, which must not read them
+    Vector<float> weights, m, v; // (n)
+    Vector<real> params;         // (n); NaN at first in the bf16 build, which must not read them
 
     explicit State(int64_t n, uint64_t seed = 1)
         : weights(random_normal<float>(n, seed)), m(n), v(n), params(poisoned<real>(n)) {}
 
-    void update(const std::vector<float>& grads, float scale, const AdamW& opt) {
+    void update(const Vector<float>& grads, float scale, const AdamW& opt) {
         if constexpr (kMaster)
             adamw_update(nullptr, params.data(), weights.data(), m.data(), v.data(), grads.data(), &scale,
                          weights.size(), opt);
@@ -52,7 +52,7 @@ TEST_CASE("several steps against the oracle") {
             const std::vector<double> start = p;
             const int steps = 6;
             for (int step = 0; step < steps; step++) {
-                const std::vector<float> grads = random_normal<float>(n, 100 + step, c.grad);
+                const Vector<float> grads = random_normal<float>(n, 100 + step, c.grad);
                 AdamW opt{c.lr, c.beta1, c.beta2, c.eps, c.weight_decay, c.first_t + step};
                 got.update(grads, c.scale, opt);
                 for (int64_t i = 0; i < n; i++)
@@ -79,7 +79,7 @@ TEST_CASE("several steps against the oracle") {
 TEST_CASE("under a constant gradient every step is lr·sign(g): the corrections undo the β to the last digits") {
     State got(100);
     std::fill(got.weights.begin(), got.weights.end(), 0.f);
-    std::vector<float> grads = random_normal<float>(100, 5);
+    Vector<float> grads = random_normal<float>(100, 5);
     for (float& g : grads) g += g > 0 ? 1 : -1;
     std::vector<double> want(100);
     for (int64_t t = 1; t <= 8; t++) {
@@ -124,7 +124,7 @@ TEST_SUITE("long") {
     TEST_CASE("more than 2^31 parameters: the last ones are right") {
         const int64_t n = (int64_t(1) << 31) + 100003, tail = 1000;
         State want(tail);
-        const std::vector<float> grads = random_normal<float>(tail, 3);
+        const Vector<float> grads = random_normal<float>(tail, 3);
         // Zeros under zero gradients stay zeros, so the mirrored part may be updated in any order.
         check::Huge<float> weights(n, true), m(n, true), v(n, true), g(n);
         check::Huge<real> params(kMaster ? n : 1, true);

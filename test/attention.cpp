@@ -31,13 +31,11 @@ void check_problem(Problem& p, double largest_score = 4) {
     CHECK((g.dq.guards_hold() && g.dk.guards_hold() && g.dv.guards_hold()));
 }
 
-template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
+using check::same_bits;
 
 // Documents of the given lengths, from position `first` on, for B sequences one after another.
-std::vector<int64_t> starts(int64_t B, int64_t Tq, int64_t first, const std::vector<std::vector<int64_t>>& lengths) {
-    std::vector<int64_t> doc_start;
+Vector<int64_t> starts(int64_t B, int64_t Tq, int64_t first, const std::vector<Vector<int64_t>>& lengths) {
+    Vector<int64_t> doc_start;
     for (int64_t b = 0; b < B; b++) {
         int64_t begin = first, at = first;
         size_t next = 0;
@@ -60,7 +58,7 @@ struct Threads { // a number of threads, until the end of the scope
 TEST_CASE("the plain gradient formula agrees with the complex step") {
     constexpr int64_t Tq = 7, Tk = 9, D = 3, q_offset = 11, k_offset = 8;
     constexpr double scale = 0.7, h = 1e-30;
-    std::vector<int64_t> documents = {8, 8, 10, 10, 10, 14, 14};
+    Vector<int64_t> documents = {8, 8, 10, 10, 10, 14, 14};
     auto draw = [](size_t n, uint64_t seed) { return to_double(random_normal<float>(n, seed)); };
     std::vector<double> x[3] = {draw(Tq * D, 1), draw(Tk * D, 2), draw(Tk * D, 3)}, dout = draw(Tq * D, 4), o, lse;
     oracle::attention_head(o, lse, x[0], x[1], x[2], D, scale, q_offset, k_offset, documents);
@@ -97,7 +95,7 @@ TEST_CASE("a head dim without a kernel is refused") {
 TEST_CASE("packed qkv gives the bits that separate tensors give") {
     constexpr int64_t B = 2, T = 101, H = 3, D = 64, C = H * D;
     Problem p({B, T, T, H, D}, 7);
-    std::vector<real> qkv(B * T * 3 * C), dqkv = poisoned<real>(B * T * 3 * C);
+    Vector<real> qkv(B * T * 3 * C), dqkv = poisoned<real>(B * T * 3 * C);
     auto q = p.q.dense(), k = p.k.dense(), v = p.v.dense();
     for (int64_t n = 0; n < B * T * C; n++) {
         int64_t at = n / C * 3 * C + n % C;
@@ -106,7 +104,7 @@ TEST_CASE("packed qkv gives the bits that separate tensors give") {
     auto in = [&](int64_t i) { return Heads<const real>{qkv.data() + i * C, T * 3 * C, 3 * C, D}; };
     auto grad = [&](int64_t i) { return Heads<real>{dqkv.data() + i * C, T * 3 * C, 3 * C, D}; };
     Tensor<real> o(B, T, H, D, 0);
-    std::vector<float> lse(B * H * T);
+    Vector<float> lse(B * H * T);
     Scratch forward_scratch(attention_forward_scratch(p.shape)), backward_scratch(attention_backward_scratch(p.shape));
     attention_forward(nullptr, o.heads(), lse.data(), in(0), in(1), in(2), p.scale, forward_scratch.get(), p.shape);
     attention_backward(nullptr, grad(0), grad(1), grad(2), p.dout.view(), in(0), in(1), in(2), o.view(), lse.data(),
@@ -116,7 +114,7 @@ TEST_CASE("packed qkv gives the bits that separate tensors give") {
     Backward<real> g = backward(p, out);
     CHECK(same_bits(o.data, out.o.data));
     CHECK(same_bits(lse, out.lse));
-    std::vector<real> want(dqkv.size());
+    Vector<real> want(dqkv.size());
     auto dq = g.dq.dense(), dk = g.dk.dense(), dv = g.dv.dense();
     for (int64_t n = 0; n < B * T * C; n++) {
         int64_t at = n / C * 3 * C + n % C;
@@ -154,7 +152,7 @@ TEST_CASE("a query that sees nothing: O and dQ are 0, LSE is -Inf") {
 }
 
 TEST_CASE("positions beyond 2^31 and 2^40 are positions like others") {
-    std::vector<int64_t> documents = starts(2, 150, 0, {{10, 97}, {96, 40}});
+    Vector<int64_t> documents = starts(2, 150, 0, {{10, 97}, {96, 40}});
     Problem p({2, 150, 150, 1, 64}, 9, documents);
     Output<real> out = forward(p);
     Backward<real> g = backward(p, out);
@@ -178,7 +176,7 @@ TEST_CASE("positions beyond 2^31 and 2^40 are positions like others") {
 TEST_CASE("documents, with boundaries inside tiles and at their edges") {
     struct {
         int64_t T, D;
-        std::vector<std::vector<int64_t>> lengths;
+        std::vector<Vector<int64_t>> lengths;
     } cases[] = {{200, 64, {{48, 48, 96}, {1, 1, 1, 60, 100}}}, // edges of tiles, one key, a few
                  {200, 32, {{47, 50, 2}, {96, 96}}},
                  {300, 64, {{200}, {144, 100}}}, // whole tiles before the last document
@@ -205,7 +203,7 @@ TEST_CASE("tiles that no document reaches are not even read") {
     Backward<real> g = backward(spoiled, out);
     auto second_half = [&](Tensor<real>& x) {
         auto all = x.dense();
-        return std::vector<real>(all.begin() + 480 * D, all.end());
+        return Vector<real>(all.begin() + 480 * D, all.end());
     };
     CHECK(same_bits(second_half(out.o), second_half(clean.o)));
     CHECK(same_bits(second_half(g.dq), second_half(clean_g.dq)));
@@ -248,8 +246,8 @@ TEST_CASE("parts over key blocks merge to the whole, and their gradients add up 
             Problem p({B, T, end - begin, H, D, 0, begin}, 0, whole.documents, 16);
             p.q = whole.q, p.dout = whole.dout;
             auto k = whole.k.dense(), v = whole.v.dense();
-            auto slice = [&, begin = begin, end = end](const std::vector<real>& x) {
-                std::vector<real> out;
+            auto slice = [&, begin = begin, end = end](const Vector<real>& x) {
+                Vector<real> out;
                 for (int64_t b = 0; b < B; b++)
                     out.insert(out.end(), x.begin() + (b * T + begin) * H * D, x.begin() + (b * T + end) * H * D);
                 return out;
@@ -306,7 +304,7 @@ TEST_CASE("parts over key blocks merge to the whole, and their gradients add up 
 TEST_CASE("merging sides that are empty or far apart") {
     constexpr int64_t D = 32;
     auto merged = [&](float lse, float part_lse) {
-        std::vector<float> o(D, 3.f), part(D, 5.f);
+        Vector<float> o(D, 3.f), part(D, 5.f);
         attention_merge(nullptr, {o.data(), D, D, D}, &lse, {part.data(), D, D, D}, &part_lse, {1, 1, 1, 1, D});
         return std::pair(o[D - 1], lse);
     };

@@ -14,7 +14,7 @@ constexpr float kGuard = -54321.f; // between rows, where no kernel may write
 // Rows of H·D elements, `gap` guards after each and `gap` before the first.
 template <class T> struct Tensor {
     int64_t B, rows, H, D, gap, token;
-    std::vector<T> data;
+    Vector<T> data;
 
     Tensor(int64_t B, int64_t rows, int64_t H, int64_t D, int64_t gap)
         : B(B), rows(rows), H(H), D(D), gap(gap), token(H * D + gap), data(gap + B * rows * token) {
@@ -28,18 +28,18 @@ template <class T> struct Tensor {
         for (int64_t r = 0; r < B * rows; r++)
             for (int64_t c = 0; c < H * D; c++) f(data[gap + r * token + c], n++);
     }
-    void fill(const std::vector<T>& from) {
+    void fill(const Vector<T>& from) {
         each([&](T& x, int64_t n) { x = from[n]; });
     }
-    std::vector<T> dense() {
-        std::vector<T> out(B * rows * H * D);
+    Vector<T> dense() {
+        Vector<T> out(B * rows * H * D);
         each([&](T& x, int64_t n) { out[n] = x; });
         return out;
     }
     bool guards_hold() {
         T guard;
         assign(guard, kGuard);
-        std::vector<T> kept = data;
+        Vector<T> kept = data;
         each([&](T& x, int64_t) { x = guard; });
         bool hold = true;
         for (T x : data) hold = hold && to_float(x) == to_float(guard);
@@ -88,7 +88,7 @@ inline HeadGradients head_gradients(const std::vector<double>& dout, const std::
                                     const std::vector<double>& k, const std::vector<double>& v,
                                     const std::vector<double>& o, const std::vector<double>& lse, int64_t D,
                                     double scale, int64_t q_offset, int64_t k_offset,
-                                    const std::vector<int64_t>& doc_start) {
+                                    const Vector<int64_t>& doc_start) {
     int64_t Tq = q.size() / D, Tk = k.size() / D;
     HeadGradients g{std::vector<double>(Tq * D), std::vector<double>(Tk * D), std::vector<double>(Tk * D)};
     for (int64_t i = 0; i < Tq; i++)
@@ -114,11 +114,11 @@ inline HeadGradients head_gradients(const std::vector<double>& dout, const std::
 struct Problem {
     AttentionShape shape;
     float scale;
-    std::vector<int64_t> documents; // (B,Tq) or empty
+    Vector<int64_t> documents; // (B,Tq) or empty
     int64_t gap = 0;
     Tensor<real> q, k, v, dout;
 
-    Problem(AttentionShape s, uint64_t seed, std::vector<int64_t> documents = {}, int64_t gap = 0)
+    Problem(AttentionShape s, uint64_t seed, Vector<int64_t> documents = {}, int64_t gap = 0)
         : shape(s), scale(float(1 / std::sqrt(double(s.D)))), documents(documents), gap(gap),
           q(s.B, s.Tq, s.H, s.D, gap), k(s.B, s.Tk, s.H, s.D, gap), v(s.B, s.Tk, s.H, s.D, gap),
           dout(s.B, s.Tq, s.H, s.D, gap) {
@@ -136,7 +136,7 @@ struct Problem {
 
 template <class T> struct Output {
     Tensor<T> o;
-    std::vector<float> lse;
+    Vector<float> lse;
 };
 
 // T = real calls attention_forward, T = float with `partial` attention_forward_partial.
@@ -175,8 +175,8 @@ inline Backward<real> backward(const Problem& p, const Output<real>& out) {
 }
 
 // A row that saw nothing must be −Inf in both; the others are compared as they are.
-inline void check_lse(const std::vector<float>& got, const std::vector<double>& want, double tolerance) {
-    std::vector<float> finite_got;
+inline void check_lse(const Vector<float>& got, const std::vector<double>& want, double tolerance) {
+    Vector<float> finite_got;
     std::vector<double> finite_want;
     for (size_t i = 0; i < want.size(); i++)
         if (std::isinf(want[i]))
@@ -198,7 +198,7 @@ template <class T> double tolerance_of(const Problem& p, double largest_score = 
     return rounding + float_tolerance(p, largest_score);
 }
 
-inline std::vector<int64_t> documents_of(const Problem& p, int64_t b) {
+inline Vector<int64_t> documents_of(const Problem& p, int64_t b) {
     if (p.documents.empty()) return {};
     return {p.documents.begin() + b * p.shape.Tq, p.documents.begin() + (b + 1) * p.shape.Tq};
 }

@@ -15,24 +15,37 @@
 #include <unistd.h>
 
 #include "../kernels/types.h"
+#include "../runtime/memory.h"
+
+// What kernels read and write, seen by the host too: device memory in the simt build, managed memory on a GPU, where
+// test/main.cpp makes every launch wait for its end.
+template <class T> struct ManagedAllocator {
+    using value_type = T;
+    ManagedAllocator() = default;
+    template <class U> ManagedAllocator(const ManagedAllocator<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(managed_alloc(n * sizeof(T))); }
+    void deallocate(T* pointer, size_t) { managed_free(pointer); }
+    template <class U> bool operator==(const ManagedAllocator<U>&) const { return true; }
+};
+template <class T> using Vector = std::vector<T, ManagedAllocator<T>>;
 
 // Values that a wrong kernel cannot leave behind by luck: NaN in every output until it is written.
-template <class T> std::vector<T> poisoned(size_t n) {
-    std::vector<T> v(n);
+template <class T> Vector<T> poisoned(size_t n) {
+    Vector<T> v(n);
     for (T& x : v) assign(x, NAN);
     return v;
 }
 
 // n normal values, rounded to T, so that kernel and oracle start from the same numbers.
-template <class T> std::vector<T> random_normal(size_t n, uint64_t seed, float scale = 1, float mean = 0) {
+template <class T> Vector<T> random_normal(size_t n, uint64_t seed, float scale = 1, float mean = 0) {
     std::mt19937_64 rng(seed);
     std::normal_distribution<float> normal(mean, scale);
-    std::vector<T> v(n);
+    Vector<T> v(n);
     for (T& x : v) assign(x, normal(rng));
     return v;
 }
 
-template <class T> std::vector<double> to_double(const std::vector<T>& v) {
+template <class T, class A> std::vector<double> to_double(const std::vector<T, A>& v) {
     std::vector<double> d(v.size());
     for (size_t i = 0; i < v.size(); i++) d[i] = to_float(v[i]);
     return d;
@@ -40,8 +53,8 @@ template <class T> std::vector<double> to_double(const std::vector<T>& v) {
 
 // |got − want| <= tolerance·(norm of want per element + floor) for every element. `tolerance` is a derived bound: an
 // epsilon times the square root of the number of additions, times a small constant stated where it is used.
-template <class T> void check_close(const char* name, const std::vector<T>& got, const std::vector<double>& want,
-                                    double tolerance, double floor = 0) {
+template <class T, class A> void check_close(const char* name, const std::vector<T, A>& got,
+                                             const std::vector<double>& want, double tolerance, double floor = 0) {
     REQUIRE(got.size() == want.size());
     double norm = 0;
     for (double w : want) norm += std::isinf(w) ? 0 : w * w;
@@ -67,27 +80,38 @@ template <class T> void check_close(const char* name, const std::vector<T>& got,
 
 namespace check {
 
+// The simt build runs kernels thousands of times slower than a GPU: shapes shrink there.
+#ifdef LONGHAND_SIMT
+constexpr bool kSimulated = true;
+#else
+constexpr bool kSimulated = false;
+#endif
+
 // Equal to the bit, so that NaN equals itself and −0 is not 0.
-template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+template <class T, class A> bool same_bits(const std::vector<T, A>& a, const std::vector<T, A>& b) {
     return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // Scratch as the contracts want it: 64-byte aligned and full of NaN.
 class Scratch {
 public:
-    explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 64) / 64 * 64), free) {
-        memset(data_.get(), 0xff, (bytes + 64) / 64 * 64);
+    explicit Scratch(size_t bytes) : data_(bytes + 64, 0xff) {}
+    operator void*() {
+        size_t past = reinterpret_cast<uintptr_t>(data_.data()) % 64;
+        return data_.data() + (past ? 64 - past : 0);
     }
-    operator void*() { return data_.get(); }
 
 private:
-    std::unique_ptr<void, void (*)(void*)> data_;
+    Vector<unsigned char> data_;
 };
 
-// Runs `body` with each number of threads; more threads than cores or rows is a case of its own.
+// Runs `body` with each number of threads; more threads than cores or rows is a case of its own. The simulator's
+// threads are not these, so that two runs are enough there.
 template <class Body> void with_threads(std::initializer_list<int> counts, Body body) {
     const int before = omp_get_max_threads();
+    int runs = 0;
     for (int count : counts) {
+        if (kSimulated && runs++ == 2) break;
         omp_set_num_threads(count);
         body(count);
     }

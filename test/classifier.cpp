@@ -7,8 +7,8 @@ namespace {
 
 struct Batch {
     int64_t N, V, Vp;
-    std::vector<real> logits;     // (N,Vp), NaN and large numbers in the padding
-    std::vector<int32_t> targets; // (N)
+    Vector<real> logits;     // (N,Vp), NaN and large numbers in the padding
+    Vector<int32_t> targets; // (N)
 
     Batch(int64_t N, int64_t V, int64_t Vp, float scale = 2, float mean = 0, uint64_t seed = 1)
         : N(N), V(V), Vp(Vp), logits(random_normal<real>(N * Vp, seed, scale, mean)), targets(N) {
@@ -19,7 +19,7 @@ struct Batch {
         }
     }
     std::vector<double> row(int64_t n) const {
-        return to_double(std::vector<real>(logits.begin() + n * Vp, logits.begin() + n * Vp + V));
+        return to_double(Vector<real>(logits.begin() + n * Vp, logits.begin() + n * Vp + V));
     }
     double loss(int64_t n) const { return targets[n] < 0 ? 0 : oracle::cross_entropy(row(n).data(), V, targets[n]); }
 };
@@ -30,8 +30,8 @@ constexpr double kFloat = 1.2e-7;
 double loss_tolerance(int64_t V) { return kFloat * (3 + 0.25 * std::sqrt(double(V))); }
 
 // Gradients, all of them by complex step up to `checked` columns a row (the first, the last and a stride between).
-void check_gradient(const Batch& in, const std::vector<real>& got, float dloss, int64_t checked = 400) {
-    std::vector<real> taken;
+void check_gradient(const Batch& in, const Vector<real>& got, float dloss, int64_t checked = 400) {
+    Vector<real> taken;
     std::vector<double> want;
     for (int64_t n = 0; n < in.N; n++) {
         auto z = oracle::to_complex(in.row(n));
@@ -67,8 +67,8 @@ TEST_CASE("loss and gradient, ragged vocabularies, NaN in the padding") {
             std::vector<double> want;
             for (int64_t n = 0; n < N; n++) want.push_back(in.loss(n));
 
-            std::vector<real> logits = in.logits;
-            std::vector<float> losses = poisoned<float>(N), forward_losses = poisoned<float>(N);
+            Vector<real> logits = in.logits;
+            Vector<float> losses = poisoned<float>(N), forward_losses = poisoned<float>(N);
             classifier_forward(nullptr, forward_losses.data(), logits.data(), in.targets.data(), N, V, Vp);
             CHECK(check::same_bits(logits, in.logits));
             classifier_forward_backward(nullptr, losses.data(), logits.data(), in.targets.data(), 0.37f, N, V, Vp);
@@ -80,8 +80,8 @@ TEST_CASE("loss and gradient, ragged vocabularies, NaN in the padding") {
 
 TEST_CASE("GPT-2's vocabulary") {
     Batch in(3, 50257, 50304);
-    std::vector<float> losses = poisoned<float>(3);
-    std::vector<real> logits = in.logits;
+    Vector<float> losses = poisoned<float>(3);
+    Vector<real> logits = in.logits;
     classifier_forward_backward(nullptr, losses.data(), logits.data(), in.targets.data(), 1 / 3.f, in.N, in.V, in.Vp);
     check_close("losses", losses, {in.loss(0), in.loss(1), in.loss(2)}, loss_tolerance(in.V));
     check_gradient(in, logits, 1 / 3.f, 12);
@@ -108,11 +108,11 @@ TEST_CASE("logits of ±1e4, ties, and minus infinity") {
         if (kind == 0) in.targets[5] = 3; // one of the vanishing ones: loss 2e4 + ln 66
         std::vector<double> want;
         for (int64_t n = 0; n < in.N; n++) want.push_back(in.loss(n));
-        std::vector<float> losses = poisoned<float>(in.N);
-        std::vector<real> logits = in.logits;
+        Vector<float> losses = poisoned<float>(in.N);
+        Vector<real> logits = in.logits;
         classifier_forward_backward(nullptr, losses.data(), logits.data(), in.targets.data(), 1, in.N, in.V, in.Vp);
         for (int64_t n = 0; n < in.N; n++) // each against its own size: an error at 2e4 must not excuse one at 4
-            check_close("loss", std::vector<float>{losses[n]}, {want[n]}, loss_tolerance(in.V), 1);
+            check_close("loss", Vector<float>{losses[n]}, {want[n]}, loss_tolerance(in.V), 1);
         if (kind != 3) check_gradient(in, logits, 1);
         if (kind == 3)
             for (int64_t v = 1; v < in.V; v += 2) CHECK(to_float(logits[v]) == 0);
@@ -124,7 +124,7 @@ TEST_CASE("an ignored row costs nothing, whatever stands in it") {
         Batch in(3, V, 80);
         in.targets = {2, -1, -100};
         for (int64_t v = 0; v < in.Vp; v++) assign(in.logits[in.Vp + v], NAN);
-        std::vector<float> losses = poisoned<float>(3), forward_losses = poisoned<float>(3);
+        Vector<float> losses = poisoned<float>(3), forward_losses = poisoned<float>(3);
         classifier_forward(nullptr, forward_losses.data(), in.logits.data(), in.targets.data(), 3, V, in.Vp);
         classifier_forward_backward(nullptr, losses.data(), in.logits.data(), in.targets.data(), 1, 3, V, in.Vp);
         CHECK(losses[1] == 0);
@@ -144,7 +144,7 @@ TEST_CASE("a logit that is NaN or infinite makes the loss not finite, wherever i
             Batch in(2, 150, 160);
             assign(in.logits[at], bad);
             in.targets[0] = 20;
-            std::vector<float> losses = poisoned<float>(2);
+            Vector<float> losses = poisoned<float>(2);
             classifier_forward(nullptr, losses.data(), in.logits.data(), in.targets.data(), 2, in.V, in.Vp);
             CHECK_FALSE(std::isfinite(losses[0]));
             CHECK(std::isfinite(losses[1]));
@@ -153,12 +153,12 @@ TEST_CASE("a logit that is NaN or infinite makes the loss not finite, wherever i
 
 TEST_CASE("the same bits on any number of threads") {
     Batch in(37, 333, 336);
-    std::vector<real> first;
-    std::vector<float> first_losses;
+    Vector<real> first;
+    Vector<float> first_losses;
     check::with_threads({1, 2, 5, 64}, [&](int threads) {
         CAPTURE(threads);
-        std::vector<real> logits = in.logits;
-        std::vector<float> losses = poisoned<float>(in.N);
+        Vector<real> logits = in.logits;
+        Vector<float> losses = poisoned<float>(in.N);
         classifier_forward_backward(nullptr, losses.data(), logits.data(), in.targets.data(), 1, in.N, in.V, in.Vp);
         if (first.empty()) first = logits, first_losses = losses;
         CHECK(check::same_bits(logits, first));
@@ -167,7 +167,7 @@ TEST_CASE("the same bits on any number of threads") {
 }
 
 TEST_CASE("losses add up in double, on top of what was there") {
-    std::vector<float> losses(1000, 1 + 0x1p-23f);
+    Vector<float> losses(1000, 1 + 0x1p-23f);
     losses[0] = 1e9f; // in float, everything after it would be lost
     double total = 5;
     classifier_add_losses(nullptr, &total, losses.data(), 0.25, 1000);
@@ -182,10 +182,10 @@ TEST_SUITE("long") {
         Batch in(tail, V, Vp);
         check::Huge<real> logits(N * Vp, true);
         // Gradients of the first rows land on mirrored logits that later rows read; rows that are ignored write zeros.
-        std::vector<int32_t> targets(N, -1);
+        Vector<int32_t> targets(N, -1);
         memcpy(&logits[(N - tail) * Vp], in.logits.data(), tail * Vp * sizeof(real));
         std::copy(in.targets.begin(), in.targets.end(), targets.end() - tail);
-        std::vector<float> losses = poisoned<float>(N), want = poisoned<float>(tail);
+        Vector<float> losses = poisoned<float>(N), want = poisoned<float>(tail);
         classifier_forward_backward(nullptr, losses.data(), logits.data(), targets.data(), 1, N, V, Vp);
         classifier_forward_backward(nullptr, want.data(), in.logits.data(), in.targets.data(), 1, tail, V, Vp);
         CHECK(std::equal(want.begin(), want.end(), losses.end() - tail));

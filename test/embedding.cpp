@@ -7,8 +7,8 @@ namespace {
 
 struct Inputs {
     int64_t B, T, C, Vp, maxT;
-    std::vector<int32_t> tokens, positions; // (B,T)
-    std::vector<real> wte, wpe, dout;       // (Vp,C), (maxT,C), (B,T,C)
+    Vector<int32_t> tokens, positions; // (B,T)
+    Vector<real> wte, wpe, dout;       // (Vp,C), (maxT,C), (B,T,C)
 
     // Few rows for many tokens, so that most of them repeat.
     Inputs(int64_t B, int64_t T, int64_t C, int64_t Vp = 7, uint64_t seed = 1)
@@ -22,8 +22,8 @@ struct Inputs {
 };
 
 // The position that each token has under the shape.
-std::vector<int32_t> positions_of(const EmbeddingShape& s) {
-    std::vector<int32_t> p(s.B * s.T);
+Vector<int32_t> positions_of(const EmbeddingShape& s) {
+    Vector<int32_t> p(s.B * s.T);
     for (int64_t n = 0; n < s.B * s.T; n++) p[n] = s.positions ? s.positions[n] : int32_t(s.position0 + n % s.T);
     return p;
 }
@@ -44,14 +44,14 @@ TEST_CASE("forward: the oracle's sum, rounded once") {
                     if (variant == 1) shape.position0 = 10;
                     if (variant == 2) shape.positions = in.positions.data();
                     const bool with_positions = variant != 3;
-                    std::vector<real> out = poisoned<real>(B * T * C);
+                    Vector<real> out = poisoned<real>(B * T * C);
                     embedding_forward(nullptr, out.data(), in.tokens.data(), in.wte.data(),
                                       with_positions ? in.wpe.data() : nullptr, shape);
                     std::vector<double> want =
                         oracle::embedding(to_double(in.wte), with_positions ? to_double(in.wpe) : std::vector<double>{},
                                           in.tokens, positions_of(shape), C);
                     // Two reals add exactly in double, so one rounding takes the oracle's value to the kernel's.
-                    std::vector<real> rounded(want.size());
+                    Vector<real> rounded(want.size());
                     for (size_t i = 0; i < want.size(); i++) assign(rounded[i], float(want[i]));
                     CHECK(check::same_bits(out, rounded));
                 }
@@ -67,14 +67,14 @@ TEST_CASE("backward: complex steps through the oracle, on top of what the gradie
             if (variant == 1) shape.position0 = 10;
             if (variant == 2) shape.positions = in.positions.data();
             const bool with_positions = variant != 3;
-            std::vector<float> dwte = random_normal<float>(in.Vp * C, 8), dwpe = random_normal<float>(in.maxT * C, 9);
+            Vector<float> dwte = random_normal<float>(in.Vp * C, 8), dwpe = random_normal<float>(in.maxT * C, 9);
             std::vector<double> want_wte = to_double(dwte), want_wpe = to_double(dwpe);
             embedding_backward(nullptr, dwte.data(), with_positions ? dwpe.data() : nullptr, in.dout.data(),
                                in.tokens.data(), shape);
 
             auto wte = oracle::to_complex(to_double(in.wte)), wpe = oracle::to_complex(to_double(in.wpe));
             std::vector<double> dout = to_double(in.dout);
-            const std::vector<int32_t> positions = positions_of(shape);
+            const Vector<int32_t> positions = positions_of(shape);
             auto loss = [&] {
                 auto out = oracle::embedding(wte, with_positions ? wpe : std::vector<oracle::Complex>{}, in.tokens,
                                              positions, C);
@@ -95,10 +95,9 @@ TEST_CASE("backward: to the bit the float sum in token order, on any number of t
     for (int64_t C : {1, 30, 64, 130, 768}) {
         Inputs in(2, 150, C, 23);
         EmbeddingShape shape{in.B, in.T, C, 4};
-        const std::vector<float> dwte0 = random_normal<float>(in.Vp * C, 8),
-                                 dwpe0 = random_normal<float>(in.maxT * C, 9);
-        std::vector<float> want_wte = dwte0, want_wpe = dwpe0;
-        const std::vector<int32_t> positions = positions_of(shape);
+        const Vector<float> dwte0 = random_normal<float>(in.Vp * C, 8), dwpe0 = random_normal<float>(in.maxT * C, 9);
+        Vector<float> want_wte = dwte0, want_wpe = dwpe0;
+        const Vector<int32_t> positions = positions_of(shape);
         for (int64_t n = 0; n < in.B * in.T; n++)
             for (int64_t c = 0; c < C; c++) {
                 want_wte[in.tokens[n] * C + c] += to_float(in.dout[n * C + c]);
@@ -107,7 +106,7 @@ TEST_CASE("backward: to the bit the float sum in token order, on any number of t
         check::with_threads({1, 2, 3, 8, 13}, [&](int threads) {
             CAPTURE(C);
             CAPTURE(threads);
-            std::vector<float> dwte = dwte0, dwpe = dwpe0;
+            Vector<float> dwte = dwte0, dwpe = dwpe0;
             embedding_backward(nullptr, dwte.data(), dwpe.data(), in.dout.data(), in.tokens.data(), shape);
             CHECK(check::same_bits(dwte, want_wte));
             CHECK(check::same_bits(dwpe, want_wpe));
@@ -119,7 +118,7 @@ TEST_CASE("an output larger than the cache, aligned and not") {
     const int64_t C = 768, T = (20 << 20) / sizeof(real) / C;
     Inputs in(1, T, C, 1000);
     EmbeddingShape shape{1, T, C};
-    std::vector<real> want(T * C);
+    Vector<real> want(T * C);
     for (int64_t t = 0; t < T; t++)
         for (int64_t c = 0; c < C; c++)
             assign(want[t * C + c], to_float(in.wte[in.tokens[t] * C + c]) + to_float(in.wpe[t * C + c]));
@@ -136,12 +135,11 @@ TEST_CASE("tables with more than 2^31 elements") {
     const int64_t C = 4099, rows = 600000; // 2.46e9 elements, of which only the rows in use take memory
     check::Huge<real> wte(rows * C), wpe(rows * C);
     check::Huge<float> dwte(rows * C), dwpe(rows * C);
-    const std::vector<int32_t> tokens = {int32_t(rows - 1), 550000, int32_t(rows - 1)};
+    const Vector<int32_t> tokens = {int32_t(rows - 1), 550000, int32_t(rows - 1)};
     EmbeddingShape shape{1, 3, C, rows - 3};
-    std::vector<real> a = random_normal<real>(C, 1), b = random_normal<real>(C, 2),
-                      dout = random_normal<real>(3 * C, 3);
+    Vector<real> a = random_normal<real>(C, 1), b = random_normal<real>(C, 2), dout = random_normal<real>(3 * C, 3);
     for (int64_t c = 0; c < C; c++) wte[(rows - 1) * C + c] = a[c], wpe[(rows - 1) * C + c] = b[c];
-    std::vector<real> out = poisoned<real>(3 * C);
+    Vector<real> out = poisoned<real>(3 * C);
     embedding_forward(nullptr, out.data(), tokens.data(), wte.data(), wpe.data(), shape);
     embedding_backward(nullptr, dwte.data(), dwpe.data(), dout.data(), tokens.data(), shape);
     int64_t wrong = 0;

@@ -25,31 +25,29 @@ double ulps(float got, double want) {
     return std::abs(got - want) / (double(std::nextafter(f, INFINITY)) - f);
 }
 
-std::vector<real> forward(const std::vector<real>& inp, Gelu kind) {
-    std::vector<real> out = poisoned<real>(inp.size());
+Vector<real> forward(const Vector<real>& inp, Gelu kind) {
+    Vector<real> out = poisoned<real>(inp.size());
     gelu_forward(nullptr, out.data(), inp.data(), inp.size(), kind);
     return out;
 }
-std::vector<real> backward(const std::vector<real>& dout, const std::vector<real>& inp, Gelu kind) {
-    std::vector<real> dinp = poisoned<real>(inp.size());
+Vector<real> backward(const Vector<real>& dout, const Vector<real>& inp, Gelu kind) {
+    Vector<real> dinp = poisoned<real>(inp.size());
     gelu_backward(nullptr, dinp.data(), dout.data(), inp.data(), inp.size(), kind);
     return dinp;
 }
-std::vector<real> reals(const std::vector<double>& values) {
-    std::vector<real> v(values.size());
+Vector<real> reals(const std::vector<double>& values) {
+    Vector<real> v(values.size());
     for (size_t i = 0; i < v.size(); i++) assign(v[i], values[i]);
     return v;
 }
 
-bool same_bits(const std::vector<real>& a, const std::vector<real>& b) {
-    return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(real)) == 0);
-}
+using check::same_bits;
 
 constexpr Gelu kForms[] = {Gelu::tanh, Gelu::erf};
 
 // From −13 to 13 in steps of about 1/6000, and a million random ones nearer the middle.
-std::vector<real> grid() {
-    std::vector<real> x = random_normal<real>(1000001, 7, 3);
+Vector<real> grid() {
+    Vector<real> x = random_normal<real>(1000001, 7, 3);
     for (int i = 0; i <= 150000; i++) x.emplace_back(), assign(x.back(), -13 + 26 * (i / 150000.));
     return x;
 }
@@ -59,9 +57,9 @@ std::vector<real> grid() {
 // Relative to each value, so that the left tail counts: the 6 ulp of math.h and one more for the product, and half a
 // step of bf16. The tanh form's argument 2y carries five roundings, and the exp turns each into |2y|/2 ulp.
 TEST_CASE("forward is exact to a few ulp of each value") {
-    std::vector<real> x = grid();
+    Vector<real> x = grid();
     for (Gelu kind : kForms) {
-        std::vector<real> out = forward(x, kind);
+        Vector<real> out = forward(x, kind);
         double worst = 0, at = 0;
         for (size_t i = 0; i < x.size(); i++) {
             double v = to_float(x[i]), want = gelu_exact(v, kind);
@@ -81,9 +79,9 @@ TEST_CASE("forward is exact to a few ulp of each value") {
 }
 
 TEST_CASE("backward is dout times the oracle's derivative") {
-    std::vector<real> x = grid(), dout = random_normal<real>(x.size(), 8);
+    Vector<real> x = grid(), dout = random_normal<real>(x.size(), 8);
     for (Gelu kind : kForms) {
-        std::vector<real> dinp = backward(dout, x, kind);
+        Vector<real> dinp = backward(dout, x, kind);
         double worst = 0, at = 0;
         for (size_t i = 0; i < x.size(); i++) {
             double v = to_float(x[i]), d = to_float(dout[i]), want = d * slope_exact(v, kind);
@@ -99,10 +97,10 @@ TEST_CASE("backward is dout times the oracle's derivative") {
 
 TEST_CASE("ends: infinities, huge values, zeros and NaN") {
     float huge = 3e38f;
-    std::vector<real> x = reals({-INFINITY, -huge, -1e20, -50, -13.5, 0.0, 13.5, 50, 1e20, huge, INFINITY});
-    std::vector<real> one = reals(std::vector<double>(x.size(), 1)), nan = reals({NAN}), just = reals({1});
+    Vector<real> x = reals({-INFINITY, -huge, -1e20, -50, -13.5, 0.0, 13.5, 50, 1e20, huge, INFINITY});
+    Vector<real> one = reals(std::vector<double>(x.size(), 1)), nan = reals({NAN}), just = reals({1});
     for (Gelu kind : kForms) {
-        std::vector<real> out = forward(x, kind), dinp = backward(one, x, kind);
+        Vector<real> out = forward(x, kind), dinp = backward(one, x, kind);
         for (size_t i = 0; i < x.size(); i++) {
             double v = to_float(x[i]);
             CAPTURE(v);
@@ -118,7 +116,7 @@ TEST_CASE("ends: infinities, huge values, zeros and NaN") {
 TEST_CASE("every length: nothing past the end is touched, in place or not") {
     for (int64_t n : {0, 1, 2, 15, 16, 17, 31, 33, 8191, 8193, 100003}) {
         CAPTURE(n);
-        std::vector<real> inp = random_normal<real>(n, 9), dout = random_normal<real>(n, 10);
+        Vector<real> inp = random_normal<real>(n, 9), dout = random_normal<real>(n, 10);
         for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf}) {
             std::vector<double> want(n), dwant(n);
             for (int64_t i = 0; i < n; i++) {
@@ -126,7 +124,7 @@ TEST_CASE("every length: nothing past the end is touched, in place or not") {
                 want[i] = kind == Gelu::none ? v : gelu_exact(v, kind);
                 dwant[i] = d * (kind == Gelu::none ? 1 : slope_exact(v, kind));
             }
-            std::vector<real> out = poisoned<real>(n + 1), dinp = poisoned<real>(n + 1);
+            Vector<real> out = poisoned<real>(n + 1), dinp = poisoned<real>(n + 1);
             gelu_forward(nullptr, out.data(), inp.data(), n, kind);
             gelu_backward(nullptr, dinp.data(), dout.data(), inp.data(), n, kind);
             CHECK(std::isnan(to_float(out[n])));
@@ -135,7 +133,7 @@ TEST_CASE("every length: nothing past the end is touched, in place or not") {
             check_close("out", out, want, 4 * kRealEpsilon);
             check_close("dinp", dinp, dwant, 4 * kRealEpsilon);
 
-            std::vector<real> in_place = inp, gradient = dout;
+            Vector<real> in_place = inp, gradient = dout;
             gelu_forward(nullptr, in_place.data(), in_place.data(), n, kind);
             gelu_backward(nullptr, gradient.data(), gradient.data(), inp.data(), n, kind);
             CHECK(same_bits(in_place, out));
@@ -145,11 +143,11 @@ TEST_CASE("every length: nothing past the end is touched, in place or not") {
 }
 
 TEST_CASE("the same bits from any number of threads") {
-    std::vector<real> inp = random_normal<real>(50021, 11);
+    Vector<real> inp = random_normal<real>(50021, 11);
     int threads = omp_get_max_threads();
-    std::vector<real> out = forward(inp, Gelu::tanh);
+    Vector<real> out = forward(inp, Gelu::tanh);
     omp_set_num_threads(3);
-    std::vector<real> again = forward(inp, Gelu::tanh);
+    Vector<real> again = forward(inp, Gelu::tanh);
     omp_set_num_threads(threads);
     CHECK(same_bits(out, again));
 }

@@ -19,7 +19,7 @@ TEST_CASE("norm: the double sum, rounded once to float") {
         for (float scale : {1.f, 1e-30f, 1e30f}) { // squares of the last two do not fit a float
             CAPTURE(n);
             CAPTURE(scale);
-            std::vector<float> x = random_normal<float>(n, 1, scale);
+            Vector<float> x = random_normal<float>(n, 1, scale);
             long double sum = 0;
             for (float value : x) sum += static_cast<long double>(value) * value;
             const double want = double(std::sqrt(sum));
@@ -28,13 +28,13 @@ TEST_CASE("norm: the double sum, rounded once to float") {
 }
 
 TEST_CASE("small gradients beside a large one are not lost") {
-    std::vector<float> x(1 << 20, 1e-3f);
+    Vector<float> x(1 << 20, 1e-3f);
     x[77] = 1e4f; // in float, 1e8 + 1e-6 is 1e8
     CHECK(norm_of(x.data(), x.size()) == float(std::sqrt(double(x[77]) * x[77] + (x.size() - 1.0) * x[0] * x[0])));
 }
 
 TEST_CASE("the same bits on any number of threads, from any alignment") {
-    std::vector<float> x = random_normal<float>(500001, 1);
+    Vector<float> x = random_normal<float>(500001, 1);
     const float first = norm_of(x.data() + 1, 500000);
     check::with_threads({1, 2, 3, 16}, [&](int threads) {
         CAPTURE(threads);
@@ -45,7 +45,7 @@ TEST_CASE("the same bits on any number of threads, from any alignment") {
 TEST_CASE("NaN and infinity anywhere reach the norm") {
     for (int64_t at : {0, 40, 65536, 70000, 70002})
         for (float bad : {NAN, INFINITY, -INFINITY}) {
-            std::vector<float> x = random_normal<float>(70003, 1);
+            Vector<float> x = random_normal<float>(70003, 1);
             x[at] = bad;
             CHECK_FALSE(std::isfinite(norm_of(x.data(), x.size())));
         }

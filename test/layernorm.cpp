@@ -19,22 +19,22 @@ double tolerance(int64_t C, double shift = 0) {
 }
 
 struct Forward {
-    std::vector<real> out, residual;
-    std::vector<float> mean, rstd;
+    Vector<real> out, residual;
+    Vector<float> mean, rstd;
 
     Forward(const Shape& s)
         : out(poisoned<real>(s.N * s.C)), residual(poisoned<real>(s.N * s.C)), mean(poisoned<float>(s.N)),
           rstd(poisoned<float>(s.N)) {}
 };
 
-std::vector<real> rounded_sum(const std::vector<real>& x, const std::vector<real>& y) {
-    std::vector<real> sum(x.size());
+Vector<real> rounded_sum(const Vector<real>& x, const Vector<real>& y) {
+    Vector<real> sum(x.size());
     for (size_t i = 0; i < x.size(); i++) assign(sum[i], to_float(x[i]) + to_float(y[i]));
     return sum;
 }
 
-void check_forward(const Forward& got, const std::vector<real>& x, const std::vector<real>& w,
-                   const std::vector<real>& b, const Shape& s, double shift, float eps) {
+void check_forward(const Forward& got, const Vector<real>& x, const Vector<real>& w, const Vector<real>& b,
+                   const Shape& s, double shift, float eps) {
     check_close("out", got.out, oracle::layernorm(to_double(x), to_double(w), to_double(b), eps),
                 tolerance(s.C, shift));
     std::vector<double> mean(s.N), rstd(s.N);
@@ -89,7 +89,7 @@ TEST_CASE("residual forward: the sum rounded once, then LayerNorm of what was ro
             CAPTURE(shift);
             auto x = random_normal<real>(s.N * s.C, 1, 1, shift), y = random_normal<real>(s.N * s.C, 4);
             auto w = random_normal<real>(s.C, 2, 1, 1), b = random_normal<real>(s.C, 3);
-            const std::vector<real> sum = rounded_sum(x, y);
+            const Vector<real> sum = rounded_sum(x, y);
             for (int alias = 0; alias < 3; alias++) {
                 CAPTURE(alias);
                 Forward got(s);
@@ -125,7 +125,7 @@ TEST_CASE("backward: complex steps through the oracle, on top of what the gradie
             auto w_z = oracle::to_complex(to_double(w)), b_z = oracle::to_complex(to_double(b));
             for (int64_t n = 0; n < s.N; n++) { // a row at a time: rows do not see each other
                 auto begin = x.begin() + n * s.C;
-                auto x_z = oracle::to_complex(to_double(std::vector<real>(begin, begin + s.C)));
+                auto x_z = oracle::to_complex(to_double(Vector<real>(begin, begin + s.C)));
                 auto loss = [&] {
                     auto out = oracle::layernorm(x_z, w_z, b_z, kLayerNormEps);
                     oracle::Complex sum = 0;
@@ -159,11 +159,11 @@ TEST_CASE("backward: many rows; the same bits again, and the same rows whatever 
             want_dw[c] += d * (to_float(x[n * s.C + c]) - f.mean[n]) * f.rstd[n];
             want_db[c] += d;
         }
-    std::vector<real> first_dinp;
+    Vector<real> first_dinp;
     check::with_threads({1, 2, 3, 8}, [&](int threads) {
         CAPTURE(threads);
-        std::vector<real> dinp[2] = {dinp0, dinp0};
-        std::vector<float> dw[2], db[2];
+        Vector<real> dinp[2] = {dinp0, dinp0};
+        Vector<float> dw[2], db[2];
         for (int run = 0; run < 2; run++) {
             dw[run].assign(s.C, 0), db[run].assign(s.C, 0);
             check::Scratch scratch(layernorm_backward_scratch(s.N, s.C));
@@ -226,8 +226,8 @@ TEST_SUITE("long") {
         CHECK(memcmp(&out[(N - tail) * C], want.out.data(), tail * C * sizeof(real)) == 0);
 
         // x serves as dout too; all but the last rows are zero and leave every gradient as it was.
-        std::vector<float> dw(C), db(C), want_dw(C), want_db(C);
-        std::vector<real> want_dinp(tail * C);
+        Vector<float> dw(C), db(C), want_dw(C), want_db(C);
+        Vector<real> want_dinp(tail * C);
         check::Scratch scratch(layernorm_backward_scratch(N, C));
         layernorm_backward(nullptr, dinp.data(), dw.data(), db.data(), x.data(), x.data(), w.data(), got.mean.data(),
                            got.rstd.data(), scratch, N, C);

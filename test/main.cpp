@@ -1,3 +1,11 @@
 // doctest's own code and main, compiled once and linked into every test program.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <cstdlib>
+
 #include <doctest/doctest.h>
+
+int main(int argc, char** argv) {
+    // On a GPU every launch then waits until its kernel is done, so that tests read results as they are on a CPU.
+    setenv("CUDA_LAUNCH_BLOCKING", "1", 1);
+    return doctest::Context(argc, argv).run();
+}

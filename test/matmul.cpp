@@ -47,9 +47,7 @@ std::vector<double> transpose(const std::vector<double>& m, int64_t rows, int64_
     return t;
 }
 
-template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
+using check::same_bits;
 
 } // namespace
 
@@ -58,8 +56,8 @@ TEST_CASE("forward") {
     for (Shape s : kShapes) {
         INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
         // Weights of 1/sqrt(C) keep the sums near 1, where GELU bends.
-        std::vector<real> inp = random_normal<real>(s.N * s.C, 1), bias = random_normal<real>(s.OC, 3);
-        std::vector<real> w = random_normal<real>(s.OC * s.C, 2, 1 / std::sqrt(float(s.C)));
+        Vector<real> inp = random_normal<real>(s.N * s.C, 1), bias = random_normal<real>(s.OC, 3);
+        Vector<real> w = random_normal<real>(s.OC * s.C, 2, 1 / std::sqrt(float(s.C)));
         for (bool with_bias : {false, true}) {
             std::vector<double> sums =
                 oracle::linear(to_double(inp), to_double(w), with_bias ? to_double(bias) : std::vector<double>{}, s.C);
@@ -68,7 +66,7 @@ TEST_CASE("forward") {
             for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf})
                 for (bool keep : {false, true}) {
                     if (keep && kind == Gelu::none) continue;
-                    std::vector<real> out = poisoned<real>(s.N * s.OC), pre = poisoned<real>(s.N * s.OC);
+                    Vector<real> out = poisoned<real>(s.N * s.OC), pre = poisoned<real>(s.N * s.OC);
                     matmul_forward(mm.get(), out.data(), keep ? pre.data() : nullptr, inp.data(), w.data(),
                                    with_bias ? bias.data() : nullptr, s.N, s.C, s.OC, kind);
                     std::vector<double> want(sums.size());
@@ -87,13 +85,13 @@ TEST_CASE("backward to the input, alone and through the GELU before it") {
     Handle mm = open_matmul();
     for (Shape s : kShapes) {
         INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
-        std::vector<real> dout = random_normal<real>(s.N * s.OC, 4), pre = random_normal<real>(s.N * s.C, 5);
-        std::vector<real> w = random_normal<real>(s.OC * s.C, 6);
+        Vector<real> dout = random_normal<real>(s.N * s.OC, 4), pre = random_normal<real>(s.N * s.C, 5);
+        Vector<real> w = random_normal<real>(s.OC * s.C, 6);
         std::vector<double> sums = oracle::linear(to_double(dout), transpose(to_double(w), s.OC, s.C), {}, s.OC);
         for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf}) {
             std::vector<double> want(sums);
             for (size_t i = 0; i < want.size(); i++) want[i] *= gelu_slope(to_float(pre[i]), kind);
-            std::vector<real> dinp = poisoned<real>(s.N * s.C);
+            Vector<real> dinp = poisoned<real>(s.N * s.C);
             matmul_backward_input(mm.get(), dinp.data(), dout.data(), w.data(),
                                   kind == Gelu::none ? nullptr : pre.data(), s.N, s.C, s.OC, kind);
             // The product is rounded before GELU's slope is taken to it, so two roundings.
@@ -106,9 +104,9 @@ TEST_CASE("backward to the input over as many outputs as logits") {
     Handle mm = open_matmul();
     for (int64_t OC : {4095, 4097, 12345}) {
         int64_t N = 9, C = 24;
-        std::vector<real> dout = random_normal<real>(N * OC, 4), w = random_normal<real>(OC * C, 6);
+        Vector<real> dout = random_normal<real>(N * OC, 4), w = random_normal<real>(OC * C, 6);
         std::vector<double> want = oracle::linear(to_double(dout), transpose(to_double(w), OC, C), {}, OC);
-        std::vector<real> dinp = poisoned<real>(N * C);
+        Vector<real> dinp = poisoned<real>(N * C);
         matmul_backward_input(mm.get(), dinp.data(), dout.data(), w.data(), nullptr, N, C, OC);
         check_close("dinp", dinp, want, tolerance<real>(OC));
     }
@@ -118,9 +116,9 @@ TEST_CASE("backward to weight and bias adds to what is there") {
     Handle mm = open_matmul();
     for (Shape s : kShapes) {
         INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
-        std::vector<real> dout = random_normal<real>(s.N * s.OC, 7, 1, 0.5f), inp = random_normal<real>(s.N * s.C, 8);
-        std::vector<float> dw = random_normal<float>(s.OC * s.C, 9), dbias = random_normal<float>(s.OC, 10);
-        std::vector<float> dw_alone = dw;
+        Vector<real> dout = random_normal<real>(s.N * s.OC, 7, 1, 0.5f), inp = random_normal<real>(s.N * s.C, 8);
+        Vector<float> dw = random_normal<float>(s.OC * s.C, 9), dbias = random_normal<float>(s.OC, 10);
+        Vector<float> dw_alone = dw;
         std::vector<double> dout_t = transpose(to_double(dout), s.N, s.OC);
         std::vector<double> want = oracle::linear(dout_t, transpose(to_double(inp), s.N, s.C), {}, s.N);
         std::vector<double> want_bias = oracle::linear(dout_t, std::vector<double>(s.N, 1), {}, s.N);
@@ -138,8 +136,8 @@ TEST_CASE("dbias of many rows keeps its digits, wide or narrow") {
     Handle mm = open_matmul();
     for (Shape s : {Shape{100003, 1, 3}, Shape{3001, 1, 2050}}) {
         // The mean of 1 makes sums far larger than their parts, where adding one by one would show.
-        std::vector<real> dout = random_normal<real>(s.N * s.OC, 11, 1, 1), inp = random_normal<real>(s.N, 12);
-        std::vector<float> dw(s.OC), dbias(s.OC);
+        Vector<real> dout = random_normal<real>(s.N * s.OC, 11, 1, 1), inp = random_normal<real>(s.N, 12);
+        Vector<float> dw(s.OC), dbias(s.OC);
         std::vector<double> want(s.OC);
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t o = 0; o < s.OC; o++) want[o] += to_float(dout[n * s.OC + o]);
@@ -152,15 +150,15 @@ TEST_CASE("dbias of many rows keeps its digits, wide or narrow") {
 TEST_CASE("the same call gives the same bits, on a fresh handle too") {
     Handle first = open_matmul(), second = open_matmul();
     Shape s = {517, 200, 1536};
-    std::vector<real> inp = random_normal<real>(s.N * s.C, 13), w = random_normal<real>(s.OC * s.C, 14);
-    std::vector<real> bias = random_normal<real>(s.OC, 15), dout = random_normal<real>(s.N * s.OC, 16);
+    Vector<real> inp = random_normal<real>(s.N * s.C, 13), w = random_normal<real>(s.OC * s.C, 14);
+    Vector<real> bias = random_normal<real>(s.OC, 15), dout = random_normal<real>(s.N * s.OC, 16);
     struct Results {
-        std::vector<real> out, dinp;
-        std::vector<float> dw, dbias;
+        Vector<real> out, dinp;
+        Vector<float> dw, dbias;
     };
     auto run = [&](Matmul* mm) {
-        Results r{poisoned<real>(s.N * s.OC), poisoned<real>(s.N * s.C), std::vector<float>(s.OC * s.C, 0.25f),
-                  std::vector<float>(s.OC, 0.25f)};
+        Results r{poisoned<real>(s.N * s.OC), poisoned<real>(s.N * s.C), Vector<float>(s.OC * s.C, 0.25f),
+                  Vector<float>(s.OC, 0.25f)};
         matmul_forward(mm, r.out.data(), nullptr, inp.data(), w.data(), bias.data(), s.N, s.C, s.OC, Gelu::tanh);
         matmul_backward_input(mm, r.dinp.data(), dout.data(), w.data(), nullptr, s.N, s.C, s.OC);
         matmul_backward_weight(mm, r.dw.data(), r.dbias.data(), dout.data(), inp.data(), s.N, s.C, s.OC);
@@ -180,13 +178,13 @@ TEST_CASE("a change of thread count is noticed") {
     Handle mm = open_matmul();
     int threads = omp_get_max_threads();
     Shape s = {65, 40, 700};
-    std::vector<real> dout = random_normal<real>(s.N * s.OC, 17), inp = random_normal<real>(s.N * s.C, 18);
+    Vector<real> dout = random_normal<real>(s.N * s.OC, 17), inp = random_normal<real>(s.N * s.C, 18);
     std::vector<double> dout_t = transpose(to_double(dout), s.N, s.OC);
     std::vector<double> want = oracle::linear(dout_t, transpose(to_double(inp), s.N, s.C), {}, s.N);
     std::vector<double> want_bias = oracle::linear(dout_t, std::vector<double>(s.N, 1), {}, s.N);
     for (int n : {1, 3, 2}) {
         omp_set_num_threads(n);
-        std::vector<float> dw(s.OC * s.C), dbias(s.OC);
+        Vector<float> dw(s.OC * s.C), dbias(s.OC);
         matmul_backward_weight(mm.get(), dw.data(), dbias.data(), dout.data(), inp.data(), s.N, s.C, s.OC);
         check_close("dw", dw, want, tolerance<float>(s.N));
         check_close("dbias", dbias, want_bias, tolerance<float>(s.N));
@@ -196,13 +194,13 @@ TEST_CASE("a change of thread count is noticed") {
 
 TEST_CASE("no rows: nothing is touched") {
     Handle mm = open_matmul();
-    std::vector<real> w = random_normal<real>(6, 19), out = poisoned<real>(1);
-    std::vector<float> dw = {1, 2, 3, 4, 5, 6};
+    Vector<real> w = random_normal<real>(6, 19), out = poisoned<real>(1);
+    Vector<float> dw = {1, 2, 3, 4, 5, 6};
     matmul_forward(mm.get(), out.data(), nullptr, w.data(), w.data(), nullptr, 0, 3, 2);
     matmul_backward_input(mm.get(), out.data(), w.data(), w.data(), nullptr, 0, 3, 2);
     matmul_backward_weight(mm.get(), dw.data(), nullptr, w.data(), w.data(), 0, 3, 2);
     CHECK(std::isnan(to_float(out[0])));
-    CHECK(dw == std::vector<float>{1, 2, 3, 4, 5, 6});
+    CHECK(dw == Vector<float>{1, 2, 3, 4, 5, 6});
     CHECK_THROWS(matmul_forward(mm.get(), out.data(), out.data(), w.data(), w.data(), nullptr, 1, 1, 1, Gelu::none));
     CHECK_THROWS(matmul_backward_input(mm.get(), out.data(), w.data(), w.data(), nullptr, 1, 1, 1, Gelu::erf));
 }
@@ -229,13 +227,13 @@ TEST_CASE("past 2^31 elements: the first and the last rows of a sparse input cou
     Handle mm = open_matmul();
     int64_t width = 4096, N = (int64_t(1) << 31) / width + 3;
     Sparse wide(N * width);
-    std::vector<real> row = random_normal<real>(width, 20), w = random_normal<real>(width, 21), narrow(N);
+    Vector<real> row = random_normal<real>(width, 20), w = random_normal<real>(width, 21), narrow(N);
     double dot = 0;
     for (int64_t c = 0; c < width; c++) {
         wide.data()[c] = wide.data()[(N - 1) * width + c] = row[c];
         dot += double(to_float(row[c])) * to_float(w[c]);
     }
-    auto check_rows = [&](const std::vector<real>& got) {
+    auto check_rows = [&](const Vector<real>& got) {
         double bound = tolerance<real>(width) * (std::sqrt(double(width)) + std::abs(dot));
         for (int64_t n : {int64_t(0), N / 2, N - 1})
             CHECK(std::abs(to_float(got[n]) - (n == N / 2 ? 0 : dot)) <= bound);
@@ -250,9 +248,9 @@ TEST_CASE("past 2^31 elements: the first and the last rows of a sparse input cou
     check_rows(narrow);
 
     // dw of one input feature that is 1 in the first row and 3 in the last: four times the row; dbias: twice.
-    std::vector<real> feature(N);
+    Vector<real> feature(N);
     assign(feature[0], 1), assign(feature[N - 1], 3);
-    std::vector<float> dw(width, 0.5f), dbias(width, 0.5f);
+    Vector<float> dw(width, 0.5f), dbias(width, 0.5f);
     matmul_backward_weight(mm.get(), dw.data(), dbias.data(), wide.data(), feature.data(), N, 1, width);
     std::vector<double> want_dw(width), want_dbias(width);
     for (int64_t c = 0; c < width; c++)
@@ -292,14 +290,14 @@ private:
 TEST_CASE("past 2^31 elements of output, through GELU and back" * doctest::test_suite("long")) {
     Handle mm = open_matmul();
     int64_t width = 4096, N = (int64_t(1) << 31) / width + 3;
-    std::vector<real> narrow = random_normal<real>(N, 22), w = random_normal<real>(width, 23);
+    Vector<real> narrow = random_normal<real>(N, 22), w = random_normal<real>(width, 23);
     Folded pre(N * width), out(N * width);
     double x = to_float(narrow[N - 1]);
     int64_t last = (N - 1) * width;
 
     matmul_forward(mm.get(), out.data(), pre.data(), narrow.data(), w.data(), nullptr, N, 1, width, Gelu::tanh);
-    std::vector<real> got_pre(pre.data() + last, pre.data() + last + width);
-    std::vector<real> got_out(out.data() + last, out.data() + last + width);
+    Vector<real> got_pre(pre.data() + last, pre.data() + last + width);
+    Vector<real> got_out(out.data() + last, out.data() + last + width);
     std::vector<double> want_pre(width), want_out(width);
     for (int64_t c = 0; c < width; c++)
         want_pre[c] = x * to_float(w[c]), want_out[c] = gelu(to_float(got_pre[c]), Gelu::tanh);
@@ -307,7 +305,7 @@ TEST_CASE("past 2^31 elements of output, through GELU and back" * doctest::test_
     check_close("out", got_out, want_out, tolerance<real>(1));
 
     matmul_backward_input(mm.get(), out.data(), narrow.data(), w.data(), pre.data(), N, width, 1, Gelu::tanh);
-    std::vector<real> got_dinp(out.data() + last, out.data() + last + width);
+    Vector<real> got_dinp(out.data() + last, out.data() + last + width);
     for (int64_t c = 0; c < width; c++) want_out[c] = want_pre[c] * gelu_slope(to_float(got_pre[c]), Gelu::tanh);
     check_close("dinp", got_dinp, want_out, 2 * tolerance<real>(1));
 }

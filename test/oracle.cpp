@@ -30,8 +30,9 @@ TEST_CASE("GELU: published values, and the complex step's slope") {
 
 TEST_CASE("embedding and linear: small whole numbers by hand") {
     std::vector<double> wte = {1, 2, 3, 4, 5, 6}, wpe = {10, 20, 30, 40};
-    CHECK(oracle::embedding(wte, wpe, {2, 0}, {0, 1}, 2) == std::vector<double>{15, 26, 31, 42});
-    CHECK(oracle::embedding(wte, {}, {1}, {}, 2) == std::vector<double>{3, 4});
+    const std::vector<int32_t> tokens = {2, 0}, positions = {0, 1}, token = {1};
+    CHECK(oracle::embedding(wte, wpe, tokens, positions, 2) == std::vector<double>{15, 26, 31, 42});
+    CHECK(oracle::embedding(wte, {}, token, {}, 2) == std::vector<double>{3, 4});
     CHECK(oracle::linear<double>({1, 2, 3, 4}, {1, 0, 0, 1, 5, 7}, {100, 200, 300}, 2) ==
           std::vector<double>{101, 202, 319, 103, 204, 343});
 }

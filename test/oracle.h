@@ -6,6 +6,7 @@
 #include <cmath>
 #include <complex>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace oracle {
@@ -46,7 +47,7 @@ template <class N> N gelu_erf(N x) { return 0.5 * x * (1.0 + erf(x * M_SQRT1_2))
 
 // out (B,T,C)
 template <class N> std::vector<N> embedding(const std::vector<N>& wte, const std::vector<N>& wpe,
-                                            const std::vector<int32_t>& tokens, const std::vector<int32_t>& positions,
+                                            std::span<const int32_t> tokens, std::span<const int32_t> positions,
                                             int64_t C) {
     std::vector<N> out(tokens.size() * C);
     for (size_t n = 0; n < tokens.size(); n++)
@@ -87,7 +88,7 @@ std::vector<N> linear(const std::vector<N>& inp, const std::vector<N>& w, const 
 template <class N> void attention_head(std::vector<N>& o, std::vector<N>& lse, const std::vector<N>& q,
                                        const std::vector<N>& k, const std::vector<N>& v, int64_t D, double scale,
                                        int64_t q_offset = 0, int64_t k_offset = 0,
-                                       const std::vector<int64_t>& doc_start = {}) {
+                                       std::span<const int64_t> doc_start = {}) {
     int64_t Tq = q.size() / D, Tk = k.size() / D;
     o.assign(Tq * D, N(0));
     lse.assign(Tq, N(-INFINITY));
@@ -159,8 +160,8 @@ template <class N> std::vector<N> part(const std::vector<N>& all, int64_t layer,
 }
 
 // tokens (B,T) → logits (B,T,V)
-template <class N> std::vector<N> gpt2_logits(Gpt2Weights<N>& w, const Gpt2Config& c,
-                                              const std::vector<int32_t>& tokens, int64_t B, int64_t T) {
+template <class N> std::vector<N> gpt2_logits(Gpt2Weights<N>& w, const Gpt2Config& c, std::span<const int32_t> tokens,
+                                              int64_t B, int64_t T) {
     int64_t C = c.C, D = C / c.H;
     std::vector<int32_t> positions(B * T);
     for (int64_t n = 0; n < B * T; n++) positions[n] = n % T;
@@ -193,8 +194,8 @@ template <class N> std::vector<N> gpt2_logits(Gpt2Weights<N>& w, const Gpt2Confi
 }
 
 // Mean cross-entropy of tokens (B,T) against targets (B,T).
-template <class N> N gpt2_loss(Gpt2Weights<N>& w, const Gpt2Config& c, const std::vector<int32_t>& tokens,
-                               const std::vector<int32_t>& targets, int64_t B, int64_t T) {
+template <class N> N gpt2_loss(Gpt2Weights<N>& w, const Gpt2Config& c, std::span<const int32_t> tokens,
+                               std::span<const int32_t> targets, int64_t B, int64_t T) {
     std::vector<N> logits = gpt2_logits(w, c, tokens, B, T);
     N sum = 0;
     for (int64_t n = 0; n < B * T; n++) sum += cross_entropy(&logits[n * c.V], c.V, targets[n]) / double(B * T);

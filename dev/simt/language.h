@@ -236,6 +236,7 @@ template <class A, class B> __forceinline__ constexpr std::common_type_t<A, B> m
 
 __forceinline__ float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 __forceinline__ double rsqrt(double x) { return 1.0 / sqrt(x); }
+__forceinline__ float normcdff(float x) { return static_cast<float>(0.5 * erfc(-x * M_SQRT1_2)); }
 __forceinline__ float __expf(float x) { return expf(x); }
 __forceinline__ float __logf(float x) { return logf(x); }
 __forceinline__ float __log2f(float x) { return log2f(x); }

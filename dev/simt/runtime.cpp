@@ -110,7 +110,8 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
 cudaError_t cudaFree(void* pointer) {
     return done(!pointer || simt::device_release(pointer) ? cudaSuccess : cudaErrorInvalidDevicePointer);
 }
-// Kernels may read pinned memory, so it lies in the same heap.
+// Kernels may read pinned and managed memory, so it lies in the same heap.
+cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
 cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }

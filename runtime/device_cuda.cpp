@@ -1,0 +1,113 @@
+// The machine of the cuda and simt builds, through the CUDA runtime or dev/simt's stand-in for it.
+#include "device.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <vector>
+
+#include <omp.h>
+
+#include "../kernels/launch.h"
+#include "errors.h"
+
+#ifdef LONGHAND_SIMT
+static const char* const kBuild = "simt ";
+#else
+static const char* const kBuild = "cuda ";
+#endif
+
+static double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static cudaDeviceProp properties() {
+    int device = 0;
+    cudaDeviceProp found{};
+    check_cuda(cudaGetDevice(&device), "asking which GPU is in use");
+    check_cuda(cudaGetDeviceProperties(&found, device), "asking for the GPU's properties");
+    return found;
+}
+
+static void check_gpu() {
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count == 0)
+        throw RunFailed(std::string("no GPU to run on: ") + cudaGetErrorString(status) +
+                        "; check nvidia-smi, or use the cpu build (make cpu)");
+    cudaDeviceProp gpu = properties();
+    if (gpu.major < 8)
+        throw RunFailed(std::string(gpu.name) + " has compute capability " + std::to_string(gpu.major) + "." +
+                        std::to_string(gpu.minor) + "; bf16 tensor cores need 8.0 (A100, RTX 30) or later");
+}
+
+// The best of a few square products, as large as fills the machine for about a millisecond.
+static double measure_peak(const Device& device) {
+    double best = 0;
+    for (int64_t n = 1024; n <= 8192; n *= 2) {
+        real *a, *b, *c; // (n,n)
+        size_t bytes = n * n * sizeof(real);
+        for (real** matrix : {&a, &b, &c}) {
+            *matrix = static_cast<real*>(device_alloc(bytes));
+            fill_zero(device, *matrix, bytes);
+        }
+        real sink;
+        auto product = [&] {
+            matmul_forward(device.matmul, c, nullptr, a, b, nullptr, n, n, n);
+            check_cuda(cudaStreamSynchronize(cuda_stream(device.stream)), "measuring the matmul rate");
+        };
+        product(); // the library chooses and loads its kernel
+        double begin = seconds(), fastest = 1e30;
+        for (int run = 0; run < 3 || (run < 20 && seconds() - begin < 0.1); run++) {
+            double start = seconds();
+            product();
+            fastest = std::min(fastest, seconds() - start);
+        }
+        download(device, &sink, c, sizeof sink);
+        for (real* matrix : {a, b, c}) device_free(matrix, bytes);
+        best = std::max(best, matmul_forward_cost(n, n, n).flops / fastest);
+        if (fastest > 1e-3) break;
+    }
+    return best;
+}
+
+Device::Device(int64_t wanted) {
+    if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
+    threads = omp_get_max_threads();
+    check_gpu();
+    cudaStream_t created;
+    check_cuda(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking), "creating a stream");
+    stream = reinterpret_cast<Stream>(created);
+    matmul = matmul_open(stream);
+    peak_flops = measure_peak(*this);
+}
+
+Device::~Device() {
+    matmul_close(matmul);
+    cudaStreamDestroy(cuda_stream(stream));
+}
+
+std::string device_line(const Device& device) {
+    cudaDeviceProp gpu = properties();
+    char line[512];
+    snprintf(line, sizeof line, "%s%s, %s (sm_%d%d, %d SMs, %.0f GiB), %d host threads, %.0f TFLOP/s measured", kBuild,
+             kPrecision, gpu.name, gpu.major, gpu.minor, gpu.multiProcessorCount,
+             double(gpu.totalGlobalMem) / (1 << 30), device.threads, device.peak_flops / 1e12);
+    return line;
+}
+
+// From pageable memory, so the source may be reused when this returns.
+void upload(const Device& device, void* to, const void* from, size_t bytes) {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda_stream(device.stream)),
+               "copying to the GPU");
+}
+
+void download(const Device& device, void* to, const void* from, size_t bytes) {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda_stream(device.stream)),
+               "copying from the GPU");
+    check_cuda(cudaStreamSynchronize(cuda_stream(device.stream)), "waiting for the GPU");
+}
+
+void fill_zero(const Device& device, void* to, size_t bytes) {
+    check_cuda(cudaMemsetAsync(to, 0, bytes, cuda_stream(device.stream)), "clearing GPU memory");
+}

@@ -1,0 +1,15 @@
+// Memory that kernels work on.
+#pragma once
+#include <cstddef>
+
+// Zeroed device memory, 256-byte aligned; throws RunFailed naming the size if the system refuses it. On the CPU pages
+// are taken when first touched.
+void* device_alloc(size_t bytes);
+void device_free(void* pointer, size_t bytes);
+
+// Memory that host and device both see, for tests; what a kernel wrote is there once the stream has been waited for.
+void* managed_alloc(size_t bytes);
+void managed_free(void* pointer);
+
+// Most memory this process has had: resident on the CPU, in use of the GPU's on a GPU, in bytes.
+size_t peak_resident_bytes();

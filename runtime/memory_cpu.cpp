@@ -1,0 +1,35 @@
+#include "memory.h"
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+#include "errors.h"
+
+void* device_alloc(size_t bytes) {
+    void* pointer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pointer == MAP_FAILED)
+        throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of memory: " + strerror(errno));
+    // Without huge pages a step spends several percent of its time in TLB misses.
+    madvise(pointer, bytes, MADV_HUGEPAGE);
+    return pointer;
+}
+
+void device_free(void* pointer, size_t bytes) { munmap(pointer, bytes); }
+
+void* managed_alloc(size_t bytes) {
+    void* pointer = malloc(bytes);
+    if (!pointer) throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of memory");
+    return pointer;
+}
+void managed_free(void* pointer) { free(pointer); }
+
+size_t peak_resident_bytes() {
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return static_cast<size_t>(usage.ru_maxrss) * 1024;
+}

@@ -1,0 +1,35 @@
+#include "memory.h"
+
+#include <algorithm>
+
+#include "../kernels/launch.h"
+
+void* device_alloc(size_t bytes) {
+    void* pointer = nullptr;
+    cudaError_t status = cudaMalloc(&pointer, bytes);
+    if (status != cudaSuccess) {
+        cudaGetLastError();
+        size_t available = 0, total = 0;
+        cudaMemGetInfo(&available, &total);
+        throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of GPU memory (" +
+                        std::to_string(available) + " of " + std::to_string(total) +
+                        " are free): " + cudaGetErrorString(status));
+    }
+    check_cuda(cudaMemset(pointer, 0, bytes), "clearing GPU memory");
+    return pointer;
+}
+
+void device_free(void* pointer, size_t) { cudaFree(pointer); }
+
+void* managed_alloc(size_t bytes) {
+    void* pointer = nullptr;
+    check_cuda(cudaMallocManaged(&pointer, std::max<size_t>(bytes, 1)), "allocating managed memory");
+    return pointer;
+}
+void managed_free(void* pointer) { cudaFree(pointer); }
+
+size_t peak_resident_bytes() {
+    size_t available = 0, total = 0;
+    check_cuda(cudaMemGetInfo(&available, &total), "asking how much GPU memory is free");
+    return total - available;
+}
