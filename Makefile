@@ -2,8 +2,12 @@
 # Objects of each build land in build/NAME/, so that builds never mix.
 
 CXX ?= g++
+# A folder of header-only packages (doctest, CLI11, nlohmann-json, xxhash) for machines without apt: dev/deps.sh DIR.
 DEPS ?=
-PRECISION ?= fp32
+# fp32 or bf16; what is not said is fp32 on the CPU and bf16 on a GPU.
+PRECISION ?=
+# GPU architectures: the one at hand, or all, or a list such as "80 90a".
+ARCHS ?= $(or $(GPU_ARCH),all)
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
@@ -20,14 +24,24 @@ RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))
 BENCHES = $(basename $(notdir $(wildcard dev/bench/*.cpp)))
 
 comma = ,
-BUILD_fp32 = cpu
-BUILD_bf16 = cpu-bf16
+ifneq ($(filter-out fp32 bf16,$(PRECISION)),)
+$(error PRECISION=$(PRECISION): fp32 or bf16)
+endif
+CPU_BUILD = $(if $(filter bf16,$(PRECISION)),cpu-bf16,cpu)
+SIMT_BUILD = $(if $(filter bf16,$(PRECISION)),simt-bf16,simt)
+CUDA_BUILD = $(if $(filter fp32,$(PRECISION)),cuda-fp32,cuda)
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+# "90a" for a GPU of compute capability 9.0; empty without a GPU.
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
+BEST_BUILD = $(if $(and $(NVCC),$(GPU_ARCH)),$(CUDA_BUILD),$(CPU_BUILD))
 
-.PHONY: all cpu demo test test-cpu test-simt test-python test-long bench lint format clean
-all: cpu
-	@ln -sf build/$(BUILD_$(PRECISION))/train_gpt2 train_gpt2
+.PHONY: all cpu cuda simt demo test test-cpu test-simt test-cuda test-python test-long bench lint format clean
+all: build/$(BEST_BUILD)/train_gpt2
+	@ln -sf $< train_gpt2
 
-cpu: build/$(BUILD_$(PRECISION))/train_gpt2
+cpu: build/$(CPU_BUILD)/train_gpt2
+simt: build/$(SIMT_BUILD)/train_gpt2
+cuda: build/$(CUDA_BUILD)/train_gpt2
 
 # One set of rules per build: its directory, its flags. $(eval) so that each build has its own pattern rules.
 define BUILD_RULES
@@ -102,6 +116,51 @@ build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblong
 endef
 $(eval $(call SIMT_RULES,simt,))
 $(eval $(call SIMT_RULES,simt-bf16,-DPRECISION_BF16=1))
+
+# The cuda builds: kernels by nvcc, everything else by g++. All that dev/assemble.py says of spills holds for these flags.
+ALL_ARCHS = $(filter $(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code)),80 86 89 90 120)
+ARCH_LIST = $(patsubst 90,90a,$(if $(filter all,$(ARCHS)),$(ALL_ARCHS),$(ARCHS)))
+GENCODE = $(foreach arch,$(ARCH_LIST),-gencode arch=compute_$(arch)$(comma)code=sm_$(arch)) \
+	$(if $(filter all,$(ARCHS)),-gencode arch=compute_80$(comma)code=compute_80)
+NVCC_FLAGS = -std=c++20 -O3 --expt-relaxed-constexpr -lineinfo -MMD -MP $(DEPS:%=-I%)
+# Debian's own nvcc keeps its headers in /usr/include, which g++ knows already.
+CUDA_HOME = $(filter-out /usr,$(patsubst %/bin/nvcc,%,$(realpath $(NVCC))))
+CUDA_FLAGS = $(CUDA_HOME:%=-isystem %/include)
+CUDA_LIBS = -lcublasLt -Xcompiler -fopenmp
+
+define CUDA_RULES
+build/$(1)/%.o: kernels/%.cu Makefile | nvcc
+	@mkdir -p $$(@D)
+	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
+build/$(1)/runtime/%.o: runtime/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/%.o: test/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/trainer_%.o: train_%.cu Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -x c++ -c $$< -o $$@
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o)
+	@rm -f $$@
+	ar rcs $$@ $$^
+build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
+	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
+build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
+	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
+build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/liblonghand.a
+	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
+endef
+$(eval $(call CUDA_RULES,cuda,-DPRECISION_BF16=1))
+$(eval $(call CUDA_RULES,cuda-fp32,))
+.PHONY: nvcc nvcc-flags
+nvcc-flags:
+	@echo $(filter-out -MMD -MP,$(NVCC_FLAGS))
+nvcc:
+	$(if $(NVCC),,$(error no nvcc on PATH or in /usr/local/cuda/bin: install the CUDA toolkit, or use make cpu))
 -include $(wildcard build/*/*.d build/*/*/*.d)
 
 demo:
@@ -118,6 +177,9 @@ test-cpu:
 test-simt:
 	@dev/setup.sh test
 	@python3 test/run.py simt
+test-cuda:
+	@dev/setup.sh test
+	@python3 test/run.py nvcc cuda
 test-python:
 	@dev/setup.sh test
 	@python3 test/run.py python
@@ -125,7 +187,7 @@ test-long:
 	@dev/setup.sh test
 	@python3 test/run.py --long
 
-bench: $(BENCHES:%=build/$(BUILD_$(PRECISION))/bench_%)
+bench: $(BENCHES:%=build/$(BEST_BUILD)/bench_%)
 	@for bench in $^; do $$bench || exit 1; done
 
 lint:

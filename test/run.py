@@ -2,10 +2,11 @@
 """Runs every test that this machine can, prints the time of each part, says what it skipped and why, and closes with
 `N passed, N failed, N skipped`. Exits 1 if anything failed.
 
-    test/run.py [--long] [PART ...]      parts: cpu, cpu-bf16, asan, simt, python (default: all)
+    test/run.py [--long] [PART ...]      parts: cpu, cpu-bf16, asan, simt, nvcc, cuda, python (default: all)
 """
 
 import argparse
+import concurrent.futures
 import os
 import re
 import subprocess
@@ -15,8 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
+sys.path.insert(0, str(ROOT / "dev"))
+import assemble  # noqa: E402
+
+PARTS = ["cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
 LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
+SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
+LAUNCHES = ROOT / "build" / "launches.txt"
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding"]
 DOCTEST = re.compile(r"test cases:\s*(\d+)\s*\|\s*(\d+) passed\s*\|\s*(\d+) failed\s*\|\s*(\d+) skipped")
@@ -32,23 +39,32 @@ class Tally:
         self.failed += failed
         self.skipped += skipped
 
+    def skip(self, reason):
+        self.skipped += 1
+        self.reasons.append(reason)
 
-def run(command):
+
+def run(command, **environment):
     """`timeout` also ends what the program started, and exits with 124."""
     return subprocess.run(["timeout", str(TIMEOUT), *command], capture_output=True, text=True, errors="replace",
-                          stdin=subprocess.DEVNULL)
+                          stdin=subprocess.DEVNULL, env=os.environ | environment)
 
 
 def report(name, seconds, outcome):
     print(f"  {name:<32} {seconds:7.1f} s   {outcome}", flush=True)
 
 
-def run_doctest(tally, binary, long):
-    """One test program; what it prints appears only if it fails."""
+def run_doctest(binary, long, **environment):
+    """One test program: its name, seconds and outcome, for `count`."""
     command = [f"./{binary}"] + ([] if long else [f"--test-suite-exclude={LONG_SUITE}"])
     start = time.monotonic()
-    done = run(command)
-    seconds = time.monotonic() - start
+    done = run(command, **environment)
+    name = binary + "".join(f" {key.lower()}={value}" for key, value in environment.items() if key == "SIMT_SEED")
+    return name, time.monotonic() - start, done
+
+
+def count(tally, name, seconds, done):
+    """What a test program prints appears only if it fails."""
     counts = DOCTEST.search(done.stdout)
     if counts:
         _, passed, failed, skipped = map(int, counts.groups())
@@ -58,16 +74,19 @@ def run_doctest(tally, binary, long):
         failed = 1
     tally.add(passed, failed, skipped)
     if skipped:
-        tally.reasons.append(f"{binary}: {skipped} long ones (make test-long runs them)")
-    report(binary, seconds, f"{passed} passed" + (f", {failed} FAILED (exit {done.returncode})" if failed else ""))
+        why = "too large for the simulator, or long" if "simt" in name else "long ones (make test-long runs them)"
+        tally.reasons.append(f"{name}: {skipped} {why}")
+    report(name, seconds, f"{passed} passed" + (f", {failed} FAILED (exit {done.returncode})" if failed else ""))
     if failed:
         print(done.stdout[-6000:] + done.stderr[-6000:], flush=True)
 
 
 def tests():
-    """Test programs: those of dev/simt, and all others."""
+    """Names of test programs: those of dev/simt, those that run kernels, and all others."""
     names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
-    return [n for n in names if n.startswith("simt")], [n for n in names if not n.startswith("simt")]
+    simulator = [n for n in names if n.startswith("simt")]
+    kernels = [n for n in names if n == "gpt2" or (ROOT / "kernels" / f"{n}.cu").exists()]
+    return simulator, kernels, [n for n in names if n not in simulator and n not in kernels]
 
 
 def build(tally, part, targets):
@@ -83,11 +102,61 @@ def build(tally, part, targets):
     return True
 
 
-def run_cpu(tally, build_name, names, long, extra=()):
+def run_native(tally, build_name, names, long, extra=()):
     binaries = [f"build/{build_name}/test_{name}" for name in names]
     if build(tally, build_name, [*binaries, *extra]):
         for binary in binaries:
-            run_doctest(tally, binary, long)
+            count(tally, *run_doctest(binary, long))
+
+
+def run_simt(tally, simulator, kernels, long):
+    """The simulator's own tests, then the layers' under several orders of their threads; a program a core."""
+    LAUNCHES.unlink(missing_ok=True)
+    for name in ("simt", "simt-bf16"):
+        if not build(tally, name, [f"build/{name}/test_{test}" for test in simulator + kernels]):
+            continue
+        for test in simulator:
+            count(tally, *run_doctest(f"build/{name}/test_{test}", long))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            work = [(test, seed) for test in kernels for seed in SIMT_SEEDS]
+            for outcome in pool.map(
+                    lambda job: run_doctest(f"build/{name}/test_{job[0]}", long, SIMT_SEED=job[1], SIMT_THREADS="1",
+                                            SIMT_LAUNCHES=str(LAUNCHES), OMP_NUM_THREADS="1"), work):
+                count(tally, *outcome)
+
+
+def run_nvcc(tally, long):
+    nvcc = assemble.find_nvcc()
+    if not nvcc:
+        tally.skip("nvcc is not installed: no kernel was assembled")
+        return
+    known = assemble.known_archs(nvcc)
+    archs = [arch for arch in assemble.ARCHS if long or arch in ("80", "90a")]
+    for arch in archs:
+        if arch not in known:
+            tally.skip(f"this nvcc does not know sm_{arch}")
+    if not long:
+        tally.reasons.append("sm_86, sm_89 and sm_120 (make test-long assembles for them)")
+
+    def done(name, problem):
+        tally.add(0, 1, 0) if problem else tally.add(1, 0, 0)
+        if problem:
+            report(f"nvcc {name}", 0, f"FAILED\n{problem}")
+
+    kernels = assemble.check_all(nvcc, [arch for arch in archs if arch in known],
+                                 sorted((ROOT / "kernels").glob("*.cu")), done)
+    (ROOT / "build" / "assembly.txt").write_text(
+        assemble.table(kernels, assemble.read_launches([LAUNCHES] if LAUNCHES.exists() else [])), encoding="utf-8")
+    worst = sum(kernel.spills > 0 for kernel in kernels)
+    print(f"  {len(kernels)} kernels, {worst} with spills: build/assembly.txt", flush=True)
+
+
+def run_cuda(tally, kernels, long):
+    if not assemble.find_nvcc() or run(["nvidia-smi", "-L"]).returncode:
+        tally.skip("no GPU here: CUDA kernels ran under dev/simt only")
+        return
+    for name in ("cuda", "cuda-fp32"):
+        run_native(tally, name, kernels, long)
 
 
 def run_python(tally, long):
@@ -123,23 +192,25 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--long", action="store_true", help="also what takes long: many seeds, kill loops, 2^31 elements")
     args = parser.parse_args()
-    known = ["cpu", "cpu-bf16", "asan", "simt", "python"]
-    parts = args.parts or known
-    unknown = set(parts) - set(known)
+    parts = args.parts or PARTS
+    unknown = set(parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     tally, begin = Tally(), time.monotonic()
-    simt_tests, layer_tests = tests()
+    simulator, kernels, others = tests()
     for part in parts:
         print(f"{part}:", flush=True)
         start = time.monotonic()
         if part in ("cpu", "cpu-bf16"):
-            run_cpu(tally, part, layer_tests, args.long, [f"build/{part}/train_gpt2"])
+            run_native(tally, part, kernels + others, args.long, [f"build/{part}/train_gpt2"])
         elif part == "asan":
-            run_cpu(tally, "cpu-asan", SANITIZED, args.long)
+            run_native(tally, "cpu-asan", SANITIZED, args.long)
         elif part == "simt":
-            for name in ("simt", "simt-bf16"):
-                run_cpu(tally, name, simt_tests, args.long)
+            run_simt(tally, simulator, kernels, args.long)
+        elif part == "nvcc":
+            run_nvcc(tally, args.long)
+        elif part == "cuda":
+            run_cuda(tally, kernels, args.long)
         else:
             run_python(tally, args.long)
         report(f"{part} in all", time.monotonic() - start, "")

@@ -198,6 +198,8 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void* device_allocate(size_t bytes, size_t limit);
 bool device_release(void* pointer);
 size_t device_allocated();
+
+void note_launch(const void* kernel, uint64_t threads, size_t shared_bytes);
 enum class HeapState { foreign, inside, outside, freed };
 struct HeapAnswer {
     HeapState state;

@@ -62,7 +62,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->sharedMemPerBlock = 48 * 1024;
     p->sharedMemPerBlockOptin = simt::settings().shared_per_block;
     p->sharedMemPerMultiprocessor = simt::settings().shared_per_block + 1024;
-    p->major = 8;
+    p->major = simt::settings().capability_major;
     p->multiProcessorCount = 4;
     p->warpSize = simt::kLanes;
     p->maxThreadsPerBlock = simt::kMaxThreads;

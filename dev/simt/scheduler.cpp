@@ -460,6 +460,7 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
         threads == 0 || threads > kMaxThreads || block.z > 64 || shared_bytes > set.shared_per_block)
         return cudaErrorInvalidConfiguration;
     if (shared_bytes > kSharedBytes) return cudaErrorInvalidConfiguration;
+    note_launch(kernel, threads, shared_bytes);
     uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
     Grid g{kernel, grid, block, shared_bytes, entry, static_cast<const char*>(parameters), parameter_bytes, set.seed};
     std::vector<uint64_t> order;

@@ -37,6 +37,7 @@ struct Settings {
     uint64_t seed;                        // of the order in which fibers and blocks run; SIMT_SEED at the start
     int threads;                          // of the machine that run blocks side by side; SIMT_THREADS, else all
     size_t shared_per_block = 227 * 1024; // the most that a launch may ask for
+    int capability_major = 8;             // of the compute capability that the device claims
     size_t device_bytes;                  // what cudaMalloc gives out in all; at the start the machine's memory
 
     // Which blocks of a launch run, by linear index, given how many the grid has; null: all. For grids too large to

@@ -93,6 +93,8 @@ std::string function_name(const void* function) {
     if (all.empty()) return "kernel";
     // Without its parameters: "scale<float>(float*, int)" is scale<float>, "void f<int>(int*)" is f<int>.
     std::string name = all.back().function;
+    const std::string unnamed = "(anonymous namespace)::";
+    for (size_t at; (at = name.find(unnamed)) != std::string::npos;) name.erase(at, unnamed.size());
     int depth = 0;
     size_t end = name.size(), begin = 0;
     for (size_t i = 0; i < name.size(); i++) {
