@@ -21,7 +21,7 @@ LIBS = -ldnnl -fopenmp
 
 LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
-BENCHES = $(basename $(notdir $(wildcard dev/bench/*.cpp)))
+BENCHES = $(basename $(notdir $(filter-out %_cpu.cpp,$(wildcard dev/bench/*.cpp))))
 
 comma = ,
 ifneq ($(filter-out fp32 bf16,$(PRECISION)),)
@@ -67,7 +67,7 @@ build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
-build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/liblonghand.a
+build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cpu.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 endef
 .SECONDARY:
@@ -141,6 +141,9 @@ build/$(1)/test/%.o: test/%.cpp Makefile
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/bench/%.o: dev/bench/%.cu Makefile | nvcc
+	@mkdir -p $$(@D)
+	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -x c++ -c $$< -o $$@
@@ -151,7 +154,7 @@ build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
-build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/liblonghand.a
+build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 endef
 $(eval $(call CUDA_RULES,cuda,-DPRECISION_BF16=1))

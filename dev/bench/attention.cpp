@@ -9,12 +9,10 @@
 
 namespace {
 
-real* as_real(bench::Buffer& b) { return reinterpret_cast<real*>(b.floats()); }
-
 void fill_normal(bench::Buffer& b, int64_t n, uint64_t seed) {
     std::mt19937_64 rng(seed);
     std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < n; i++) assign(as_real(b)[i], normal(rng));
+    b.fill(n, [&](int64_t) { return normal(rng); });
 }
 
 // Training: packed qkv (B,T,3C), both passes.
@@ -28,10 +26,10 @@ void bench_training(bench::Table& table, int64_t B, int64_t T, int64_t H, int64_
     bench::Buffer scratch(std::max(attention_forward_scratch(shape), attention_backward_scratch(shape)));
     fill_normal(qkv, B * T * 3 * C, 1);
     fill_normal(dout, B * T * C, 2);
-    auto in = [&](int64_t i) { return Heads<const real>{as_real(qkv) + i * C, T * 3 * C, 3 * C, D}; };
-    auto grad = [&](int64_t i) { return Heads<real>{as_real(dqkv) + i * C, T * 3 * C, 3 * C, D}; };
-    const Heads<real> out{as_real(o), T * C, C, D};
-    const Heads<const real> seen{out.data, T * C, C, D}, arriving{as_real(dout), T * C, C, D};
+    auto in = [&](int64_t i) { return Heads<const real>{qkv.reals() + i * C, T * 3 * C, 3 * C, D}; };
+    auto grad = [&](int64_t i) { return Heads<real>{dqkv.reals() + i * C, T * 3 * C, 3 * C, D}; };
+    const Heads<real> out{o.reals(), T * C, C, D};
+    const Heads<const real> seen{out.data, T * C, C, D}, arriving{dout.reals(), T * C, C, D};
     auto forward = [&] {
         attention_forward(nullptr, out, lse.floats(), in(0), in(1), in(2), scale, scratch.floats(), shape);
     };
@@ -61,10 +59,10 @@ void bench_decoding(bench::Table& table, int64_t B, int64_t Tk, int64_t H, int64
     fill_normal(q, B * C, 1);
     fill_normal(k, B * Tk * C, 2);
     fill_normal(v, B * Tk * C, 3);
-    auto in = [&](bench::Buffer& x, int64_t T) { return Heads<const real>{as_real(x), T * C, C, D}; };
+    auto in = [&](bench::Buffer& x, int64_t T) { return Heads<const real>{x.reals(), T * C, C, D}; };
     table.run("attention decode", "B=" + std::to_string(B) + " Tk=" + std::to_string(Tk) + " H=" + std::to_string(H),
               attention_forward_cost(shape), [&] {
-                  attention_forward(nullptr, {as_real(o), C, C, D}, lse.floats(), in(q, 1), in(k, Tk), in(v, Tk),
+                  attention_forward(nullptr, {o.reals(), C, C, D}, lse.floats(), in(q, 1), in(k, Tk), in(v, Tk),
                                     float(1 / std::sqrt(double(D))), scratch.floats(), shape);
               });
 }
@@ -73,6 +71,15 @@ void bench_decoding(bench::Table& table, int64_t B, int64_t Tk, int64_t H, int64
 
 int main() {
     bench::Table table;
+    if (bench::is_gpu()) {
+        // 16k tokens of width 2048, as the published tables have it; then the long end.
+        for (int64_t D : {64, 128})
+            for (int64_t T : {2048, 4096, 8192, 16384}) bench_training(table, 16384 / T, T, 2048 / D, D);
+        bench_training(table, 1, 131072, 4, 64);
+        for (int64_t D : {32, 80, 256}) bench_training(table, 1, 4096, 2, D);
+        for (int64_t Tk : {1024, 131072}) bench_decoding(table, 1, Tk, 12, 64);
+        return 0;
+    }
     bench_training(table, 4, 64, 12, 64);
     bench_training(table, 1, 1024, 12, 64);
     bench_training(table, 1, 8192, 4, 64);

@@ -8,20 +8,20 @@
 
 int main() {
     bench::Table table;
-    auto as_real = [](bench::Buffer& b) { return reinterpret_cast<real*>(b.floats()); };
     const int64_t C = 768, V = 50257;
     for (int64_t T : {256, 8192, 65536}) {
         bench::Buffer wte(V * C * sizeof(real)), wpe(T * C * sizeof(real)), out(T * C * sizeof(real));
         bench::Buffer dwte(V * C * sizeof(float)), dwpe(T * C * sizeof(float));
-        std::vector<int32_t> tokens(T);
+        std::vector<int32_t> drawn(T);
         std::mt19937 rng(1);
-        for (int32_t& token : tokens) token = int32_t(rng() % V);
+        for (int32_t& token : drawn) token = int32_t(rng() % V);
+        bench::Buffer tokens_(drawn);
+        const int32_t* tokens = tokens_.as<int32_t>();
         EmbeddingShape shape{1, T, C};
         const std::string name = std::to_string(T) + "x" + std::to_string(C);
         table.run("embedding forward", name, embedding_forward_cost(shape, true),
-                  [&] { embedding_forward(nullptr, as_real(out), tokens.data(), as_real(wte), as_real(wpe), shape); });
-        table.run("embedding backward", name, embedding_backward_cost(shape, true), [&] {
-            embedding_backward(nullptr, dwte.floats(), dwpe.floats(), as_real(out), tokens.data(), shape);
-        });
+                  [&] { embedding_forward(nullptr, out.reals(), tokens, wte.reals(), wpe.reals(), shape); });
+        table.run("embedding backward", name, embedding_backward_cost(shape, true),
+                  [&] { embedding_backward(nullptr, dwte.floats(), dwpe.floats(), out.reals(), tokens, shape); });
     }
 }

@@ -6,9 +6,8 @@
 int main() {
     bench::Table table;
     for (int64_t n : {int64_t(768) * 768, int64_t(124439808)}) {
-        bench::Buffer grads(n * sizeof(float)), scratch(global_norm_scratch(n));
-        float norm;
+        bench::Buffer grads(n * sizeof(float)), scratch(global_norm_scratch(n)), norm(sizeof(float));
         table.run("global norm", std::to_string(n), global_norm_cost(n),
-                  [&] { global_norm(nullptr, &norm, grads.floats(), scratch.floats(), n); });
+                  [&] { global_norm(nullptr, norm.floats(), grads.floats(), scratch.floats(), n); });
     }
 }

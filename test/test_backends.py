@@ -1,0 +1,42 @@
+"""The CUDA kernels train GPT-2 as the CPU's do: the same ten steps of a tiny model, under dev/simt and on the CPU."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "dev"))
+import compare_losses  # noqa: E402
+
+# fp32: the same sums in another order; the difference is carried through ten updates.
+# bf16: every activation is rounded to 2^-9 of itself, and the two builds round at other places: P is kept in float by
+# the CPU and rounded to bf16 for the tensor cores. The error of a mean of N·ln V is 2^-9 times a few, over the square
+# root of the roundings that average out in it; a quarter of an epsilon is far above that and far below a wrong kernel.
+BOUNDS = {"": 1e-5, "-bf16": 2.0**-9}
+
+
+def train(build, folder, shard):
+    done = subprocess.run(
+        [ROOT / "build" / build / "train_gpt2", "--model", "tiny", "--vocab", "256", "--train", shard, "--out", folder,
+         "--context", "70", "--batch", "2", "--tokens-per-step", "280", "--steps", "10", "--lr", "3e-3", "--warmup", "2",
+         "--seed", "3", "--save-every", "0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_ten_steps_under_simt_have_the_losses_of_the_cpu(tmp_path, precision):
+    shard = tmp_path / "train.bin"
+    subprocess.run([sys.executable, ROOT / "dev" / "markov_shard.py", shard, "--tokens", "4000"], check=True)
+    cpu, _ = train("cpu" + precision, tmp_path / "cpu", shard)
+    simt, said = train("simt" + precision, tmp_path / "simt", shard)
+    assert "simt " + (precision[1:] or "fp32") in said
+    want, got = ([line["loss"] for line in log if line["event"] == "step"] for log in (cpu, simt))
+    assert len(want) == 10 and want[-1] < want[0] - 0.3
+    worst = compare_losses.difference(want, got)
+    print(f"largest relative difference: {worst:.2e}")
+    assert worst <= BOUNDS[precision]
+    norms = [[line["grad_norm"] for line in log if line["event"] == "step"] for log in (cpu, simt)]
+    assert compare_losses.difference(*norms) <= 20 * BOUNDS[precision]
