@@ -125,7 +125,9 @@ template <class T> class Huge {
 public:
     explicit Huge(int64_t n, bool mirrored = false) : bytes_((n * sizeof(T) / kWindow + 1) * kWindow) {
         const int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        void* at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, kAnonymous, -1, 0);
+        // The simulator's device memory is of this kind, and the only one that its kernels may touch.
+        void* at =
+            kSimulated ? managed_alloc(bytes_) : mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, kAnonymous, -1, 0);
         REQUIRE(at != MAP_FAILED);
         data_ = static_cast<T*>(at);
         madvise(at, bytes_, MADV_HUGEPAGE); // the shared huge page of zeros: a 512th of the faults
@@ -138,7 +140,12 @@ public:
                          0) != MAP_FAILED);
         close(fd);
     }
-    ~Huge() { munmap(data_, bytes_); }
+    ~Huge() {
+        if (kSimulated)
+            managed_free(data_);
+        else
+            munmap(data_, bytes_);
+    }
     Huge(const Huge&) = delete;
     T* data() { return data_; }
     T& operator[](int64_t i) { return data_[i]; }

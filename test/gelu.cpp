@@ -142,6 +142,24 @@ TEST_CASE("every length: nothing past the end is touched, in place or not") {
     }
 }
 
+TEST_CASE("the same bits from arrays that start anywhere") {
+    const int64_t n = 777;
+    Vector<real> inp = random_normal<real>(n + 1, 12), dout = random_normal<real>(n + 1, 13);
+    for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf}) {
+        Vector<real> shifted(inp.begin() + 1, inp.end()), dshifted(dout.begin() + 1, dout.end());
+        Vector<real> out = poisoned<real>(n + 1), dinp = poisoned<real>(n + 1);
+        gelu_forward(nullptr, out.data() + 1, inp.data() + 1, n, kind);
+        gelu_backward(nullptr, dinp.data() + 1, dout.data() + 1, inp.data() + 1, n, kind);
+        CHECK(std::isnan(to_float(out[0])));
+        CHECK(std::isnan(to_float(dinp[0])));
+        Vector<real> want = poisoned<real>(n), dwant = poisoned<real>(n);
+        gelu_forward(nullptr, want.data(), shifted.data(), n, kind);
+        gelu_backward(nullptr, dwant.data(), dshifted.data(), shifted.data(), n, kind);
+        CHECK(memcmp(out.data() + 1, want.data(), n * sizeof(real)) == 0);
+        CHECK(memcmp(dinp.data() + 1, dwant.data(), n * sizeof(real)) == 0);
+    }
+}
+
 TEST_CASE("the same bits from any number of threads") {
     Vector<real> inp = random_normal<real>(50021, 11);
     int threads = omp_get_max_threads();

@@ -4,11 +4,11 @@
 
 #include <memory>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include "../kernels/common.h"
 #include "../kernels/matmul.h"
+#ifdef LONGHAND_SIMT
+#include "../dev/simt/simt.h"
+#endif
 
 namespace {
 
@@ -17,6 +17,22 @@ struct Close {
 };
 using Handle = std::unique_ptr<Matmul, Close>;
 Handle open_matmul() { return Handle(matmul_open(nullptr)); }
+
+// One of each kind of GPU that layers tell apart: on Hopper GELU may be part of the product. A real machine is one
+// kind.
+std::vector<Handle> open_all_kinds() {
+    std::vector<Handle> handles;
+#ifdef LONGHAND_SIMT
+    simt::SettingsGuard guard;
+    for (int major : {8, 9}) {
+        simt::settings().capability_major = major;
+        handles.push_back(open_matmul());
+    }
+#else
+    handles.push_back(open_matmul());
+#endif
+    return handles;
+}
 
 double gelu(double x, Gelu kind) {
     return kind == Gelu::tanh ? oracle::gelu_tanh(x) : kind == Gelu::erf ? oracle::gelu_erf(x) : x;
@@ -31,6 +47,20 @@ double gelu_slope(double x, Gelu kind) {
 // for the blocks that a kernel sums apart. Then one rounding to T, half an epsilon, and the same again for margin.
 template <class T> double tolerance(int64_t n) {
     return 2 * 1.2e-7 * std::sqrt(double(n)) + 2 * 1.2e-7 + (sizeof(T) == 2 ? 7.8125e-3 / 2 : 0);
+}
+
+// GELU of what? Of the sum in float where it is part of the product, of the sum as stored where it is a pass of its
+// own. Both are right: this gives the one nearer to what came out. A sum near the middle between two reals may have
+// been rounded to either, hence the slack.
+double nearest_gelu(real out, double sum, double slack, Gelu kind) {
+    double nearest = gelu(sum, kind);
+    for (double side : {-slack, slack}) {
+        real stored;
+        assign(stored, float(sum + side));
+        double other = gelu(to_float(stored), kind);
+        if (std::abs(other - to_float(out)) < std::abs(nearest - to_float(out))) nearest = other;
+    }
+    return nearest;
 }
 
 struct Shape {
@@ -52,7 +82,7 @@ using check::same_bits;
 } // namespace
 
 TEST_CASE("forward") {
-    Handle mm = open_matmul();
+    std::vector<Handle> kinds = open_all_kinds();
     for (Shape s : kShapes) {
         INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
         // Weights of 1/sqrt(C) keep the sums near 1, where GELU bends.
@@ -63,26 +93,29 @@ TEST_CASE("forward") {
                 oracle::linear(to_double(inp), to_double(w), with_bias ? to_double(bias) : std::vector<double>{}, s.C);
             double norm = 0;
             for (double x : sums) norm += x * x / sums.size();
-            for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf})
-                for (bool keep : {false, true}) {
-                    if (keep && kind == Gelu::none) continue;
-                    Vector<real> out = poisoned<real>(s.N * s.OC), pre = poisoned<real>(s.N * s.OC);
-                    matmul_forward(mm.get(), out.data(), keep ? pre.data() : nullptr, inp.data(), w.data(),
-                                   with_bias ? bias.data() : nullptr, s.N, s.C, s.OC, kind);
-                    std::vector<double> want(sums.size());
-                    // What was kept has been rounded, and GELU is taken of that.
-                    for (size_t i = 0; i < sums.size(); i++) want[i] = gelu(keep ? to_float(pre[i]) : sums[i], kind);
-                    // Where GELU is near 0 its error is still one of the sum: its slope is about 1 at most, and
-                    // oneDNN's x/2·(1 + tanh) cancels to an epsilon of x.
-                    check_close("out", out, want, tolerance<real>(s.C), kind == Gelu::none ? 0 : std::sqrt(norm));
-                    if (keep) check_close("pre", pre, sums, tolerance<real>(s.C));
-                }
+            norm = std::sqrt(norm);
+            for (const Handle& mm : kinds)
+                for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf})
+                    for (bool keep : {false, true}) {
+                        if (keep && kind == Gelu::none) continue;
+                        Vector<real> out = poisoned<real>(s.N * s.OC), pre = poisoned<real>(s.N * s.OC);
+                        matmul_forward(mm.get(), out.data(), keep ? pre.data() : nullptr, inp.data(), w.data(),
+                                       with_bias ? bias.data() : nullptr, s.N, s.C, s.OC, kind);
+                        std::vector<double> want(sums.size());
+                        double slack = tolerance<float>(s.C) * norm;
+                        for (size_t i = 0; i < sums.size(); i++)
+                            want[i] = kind == Gelu::none ? sums[i] : nearest_gelu(out[i], sums[i], slack, kind);
+                        // Where GELU is near 0 its error is still one of the sum: its slope is about 1 at most, and
+                        // oneDNN's x/2·(1 + tanh) cancels to an epsilon of x.
+                        check_close("out", out, want, tolerance<real>(s.C), kind == Gelu::none ? 0 : norm);
+                        if (keep) check_close("pre", pre, sums, tolerance<real>(s.C));
+                    }
         }
     }
 }
 
 TEST_CASE("backward to the input, alone and through the GELU before it") {
-    Handle mm = open_matmul();
+    std::vector<Handle> kinds = open_all_kinds();
     for (Shape s : kShapes) {
         INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
         Vector<real> dout = random_normal<real>(s.N * s.OC, 4), pre = random_normal<real>(s.N * s.C, 5);
@@ -91,11 +124,13 @@ TEST_CASE("backward to the input, alone and through the GELU before it") {
         for (Gelu kind : {Gelu::none, Gelu::tanh, Gelu::erf}) {
             std::vector<double> want(sums);
             for (size_t i = 0; i < want.size(); i++) want[i] *= gelu_slope(to_float(pre[i]), kind);
-            Vector<real> dinp = poisoned<real>(s.N * s.C);
-            matmul_backward_input(mm.get(), dinp.data(), dout.data(), w.data(),
-                                  kind == Gelu::none ? nullptr : pre.data(), s.N, s.C, s.OC, kind);
-            // The product is rounded before GELU's slope is taken to it, so two roundings.
-            check_close("dinp", dinp, want, 2 * tolerance<real>(s.OC));
+            for (const Handle& mm : kinds) {
+                Vector<real> dinp = poisoned<real>(s.N * s.C);
+                matmul_backward_input(mm.get(), dinp.data(), dout.data(), w.data(),
+                                      kind == Gelu::none ? nullptr : pre.data(), s.N, s.C, s.OC, kind);
+                // The product is rounded before GELU's slope is taken to it, so two roundings.
+                check_close("dinp", dinp, want, 2 * tolerance<real>(s.OC));
+            }
         }
     }
 }
@@ -118,7 +153,7 @@ TEST_CASE("backward to weight and bias adds to what is there") {
         INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
         Vector<real> dout = random_normal<real>(s.N * s.OC, 7, 1, 0.5f), inp = random_normal<real>(s.N * s.C, 8);
         Vector<float> dw = random_normal<float>(s.OC * s.C, 9), dbias = random_normal<float>(s.OC, 10);
-        Vector<float> dw_alone = dw;
+        Vector<float> dw_alone = dw, dbias_alone = dbias;
         std::vector<double> dout_t = transpose(to_double(dout), s.N, s.OC);
         std::vector<double> want = oracle::linear(dout_t, transpose(to_double(inp), s.N, s.C), {}, s.N);
         std::vector<double> want_bias = oracle::linear(dout_t, std::vector<double>(s.N, 1), {}, s.N);
@@ -129,12 +164,86 @@ TEST_CASE("backward to weight and bias adds to what is there") {
         check_close("dbias", dbias, want_bias, tolerance<float>(s.N));
         matmul_backward_weight(mm.get(), dw_alone.data(), nullptr, dout.data(), inp.data(), s.N, s.C, s.OC);
         CHECK(same_bits(dw, dw_alone));
+        matmul_backward_weight(mm.get(), nullptr, dbias_alone.data(), dout.data(), nullptr, s.N, s.C, s.OC);
+        CHECK(same_bits(dbias, dbias_alone));
+    }
+}
+
+// Arrays that begin one element into their memory, at no more than an element's alignment: each in turn, on a handle
+// that has met the shape with all of them aligned.
+TEST_CASE("arrays that begin anywhere") {
+    Shape s = {300, 40, 72};
+    Vector<real> inp = random_normal<real>(s.N * s.C, 30), w = random_normal<real>(s.OC * s.C, 31);
+    Vector<real> bias = random_normal<real>(s.OC, 32), dout = random_normal<real>(s.N * s.OC, 33);
+    Vector<real> pre = random_normal<real>(s.N * s.C, 34);
+    std::vector<double> sums = oracle::linear(to_double(inp), to_double(w), to_double(bias), s.C);
+    std::vector<double> dinp = oracle::linear(to_double(dout), transpose(to_double(w), s.OC, s.C), {}, s.OC);
+    for (size_t i = 0; i < dinp.size(); i++) dinp[i] *= gelu_slope(to_float(pre[i]), Gelu::tanh);
+    std::vector<double> dout_t = transpose(to_double(dout), s.N, s.OC);
+    std::vector<double> dw = oracle::linear(dout_t, transpose(to_double(inp), s.N, s.C), {}, s.N);
+    std::vector<double> dbias = oracle::linear(dout_t, std::vector<double>(s.N, 1), {}, s.N);
+
+    for (const Handle& mm : open_all_kinds())
+        for (int late = -1; late < 5; late++) {
+            CAPTURE(late);
+            auto shifted = [&](int which, auto v) {
+                if (which == late) v.insert(v.begin(), v[0]);
+                return v;
+            };
+            auto start = [&](int which, auto& v) { return v.data() + (which == late); };
+            auto back = [&](int which, auto v) {
+                if (which == late) v.erase(v.begin());
+                return v;
+            };
+            Vector<real> inp_there = shifted(0, inp), w_there = shifted(1, w), bias_there = shifted(2, bias);
+            Vector<real> out = shifted(3, poisoned<real>(s.N * s.OC)), kept = shifted(4, poisoned<real>(s.N * s.OC));
+            matmul_forward(mm.get(), start(3, out), start(4, kept), start(0, inp_there), start(1, w_there),
+                           start(2, bias_there), s.N, s.C, s.OC, Gelu::tanh);
+            check_close("pre", back(4, kept), sums, tolerance<real>(s.C));
+            out = back(3, out);
+            std::vector<double> want(sums.size());
+            for (size_t i = 0; i < want.size(); i++) want[i] = nearest_gelu(out[i], sums[i], 1e-5, Gelu::tanh);
+            check_close("out", out, want, tolerance<real>(s.C));
+
+            Vector<real> dout_there = shifted(0, dout), pre_there = shifted(2, pre), got;
+            got = shifted(3, poisoned<real>(s.N * s.C));
+            matmul_backward_input(mm.get(), start(3, got), start(0, dout_there), start(1, w_there), start(2, pre_there),
+                                  s.N, s.C, s.OC, Gelu::tanh);
+            check_close("dinp", back(3, got), dinp, 2 * tolerance<real>(s.OC));
+
+            Vector<float> got_dw = shifted(1, Vector<float>(s.OC * s.C)), got_dbias = shifted(2, Vector<float>(s.OC));
+            inp_there = shifted(3, inp);
+            matmul_backward_weight(mm.get(), start(1, got_dw), start(2, got_dbias), start(0, dout_there),
+                                   start(3, inp_there), s.N, s.C, s.OC);
+            check_close("dw", back(1, got_dw), dw, tolerance<float>(s.N));
+            check_close("dbias", back(2, got_dbias), dbias, tolerance<float>(s.N));
+        }
+}
+
+// Near 0 the two forms are closer than bf16 can tell. At −4 the erf form is nearly twice the other, and as exact as
+// gelu's own test demands; the tanh form may come from the library, whose left tail is only as good as its tanh.
+TEST_CASE("the erf form is not taken for the tanh form") {
+    const int64_t n = 64;
+    for (const Handle& mm : open_all_kinds()) {
+        Vector<real> inp(n * n), w(n * n), one = random_normal<real>(n * n, 35), out = poisoned<real>(n * n);
+        for (int64_t i = 0; i < n * n; i++) assign(inp[i], -4 + 0.0078125f * (i % 64)), assign(w[i], i % (n + 1) == 0);
+        matmul_forward(mm.get(), out.data(), nullptr, inp.data(), w.data(), nullptr, n, n, n, Gelu::erf);
+        Vector<real> dinp = poisoned<real>(n * n);
+        matmul_backward_input(mm.get(), dinp.data(), one.data(), w.data(), inp.data(), n, n, n, Gelu::erf);
+        for (int64_t i = 0; i < n * n; i++) {
+            double x = to_float(inp[i]), want = 0.5 * x * std::erfc(-x * M_SQRT1_2);
+            double slope = to_float(one[i]) * gelu_slope(x, Gelu::erf);
+            if (std::abs(to_float(out[i]) - want) > 0.01 * std::abs(want))
+                FAIL("gelu at ", x, " is ", to_float(out[i]));
+            if (std::abs(to_float(dinp[i]) - slope) > 0.02 * std::abs(slope)) FAIL("slope at ", x);
+        }
     }
 }
 
 TEST_CASE("dbias of many rows keeps its digits, wide or narrow") {
     Handle mm = open_matmul();
-    for (Shape s : {Shape{100003, 1, 3}, Shape{3001, 1, 2050}}) {
+    // The simulator takes the long one in the same number of runs of rows, which are shorter.
+    for (Shape s : {Shape{check::kSimulated ? 20011 : 100003, 1, 3}, Shape{3001, 1, check::kSimulated ? 136 : 2050}}) {
         // The mean of 1 makes sums far larger than their parts, where adding one by one would show.
         Vector<real> dout = random_normal<real>(s.N * s.OC, 11, 1, 1), inp = random_normal<real>(s.N, 12);
         Vector<float> dw(s.OC), dbias(s.OC);
@@ -149,7 +258,7 @@ TEST_CASE("dbias of many rows keeps its digits, wide or narrow") {
 
 TEST_CASE("the same call gives the same bits, on a fresh handle too") {
     Handle first = open_matmul(), second = open_matmul();
-    Shape s = {517, 200, 1536};
+    Shape s = {517, 200, check::kSimulated ? 320 : 1536};
     Vector<real> inp = random_normal<real>(s.N * s.C, 13), w = random_normal<real>(s.OC * s.C, 14);
     Vector<real> bias = random_normal<real>(s.OC, 15), dout = random_normal<real>(s.N * s.OC, 16);
     struct Results {
@@ -165,7 +274,7 @@ TEST_CASE("the same call gives the same bits, on a fresh handle too") {
         return r;
     };
     Results a = run(first.get());
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < (check::kSimulated ? 2 : 6); i++) {
         Results b = run(i % 2 ? first.get() : second.get());
         CHECK(same_bits(a.out, b.out));
         CHECK(same_bits(a.dinp, b.dinp));
@@ -205,28 +314,12 @@ TEST_CASE("no rows: nothing is touched") {
     CHECK_THROWS(matmul_backward_input(mm.get(), out.data(), w.data(), w.data(), nullptr, 1, 1, 1, Gelu::erf));
 }
 
-// An input of more than 2^31 elements that takes no memory: pages never written are all the same page of zeros.
-class Sparse {
-public:
-    explicit Sparse(int64_t n) : bytes_(n * sizeof(real)) {
-        void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        REQUIRE(p != MAP_FAILED);
-        madvise(p, bytes_, MADV_HUGEPAGE); // fewer page faults, where the machine has huge pages
-        data_ = static_cast<real*>(p);
-    }
-    Sparse(const Sparse&) = delete;
-    ~Sparse() { munmap(data_, bytes_); }
-    real* data() { return data_; }
-
-private:
-    size_t bytes_;
-    real* data_;
-};
-
-TEST_CASE("past 2^31 elements: the first and the last rows of a sparse input count") {
+// The simulator's stand-in for the library would widen all of the input. What is ours there comes below.
+TEST_CASE("past 2^31 elements: the first and the last rows of a sparse input count" *
+          doctest::skip(check::kSimulated)) {
     Handle mm = open_matmul();
     int64_t width = 4096, N = (int64_t(1) << 31) / width + 3;
-    Sparse wide(N * width);
+    check::Huge<real> wide(N * width);
     Vector<real> row = random_normal<real>(width, 20), w = random_normal<real>(width, 21), narrow(N);
     double dot = 0;
     for (int64_t c = 0; c < width; c++) {
@@ -259,39 +352,34 @@ TEST_CASE("past 2^31 elements: the first and the last rows of a sparse input cou
     check_close("dbias", dbias, want_dbias, tolerance<float>(4));
 }
 
-// An output of more than 2^31 elements in 128 MiB: every stretch of the address range is the same memory, but for the
-// last, which is its own.
-class Folded {
-public:
-    explicit Folded(int64_t n) : bytes_((n * sizeof(real) + kFold - 1) / kFold * kFold) {
-        int file = memfd_create("folded", 0);
-        REQUIRE(file >= 0);
-        REQUIRE(ftruncate(file, 2 * kFold) == 0);
-        void* base = mmap(nullptr, bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        REQUIRE(base != MAP_FAILED);
-        for (size_t at = 0; at < bytes_; at += kFold) {
-            char* to = static_cast<char*>(base) + at;
-            off_t from = at + kFold < bytes_ ? 0 : kFold;
-            REQUIRE(mmap(to, kFold, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, from) == to);
-        }
-        close(file);
-        data_ = static_cast<real*>(base);
+#ifdef LONGHAND_SIMT
+// The first block of each kernel and the last: the blocks between would add zeros, and leave the work space as a fresh
+// handle has it, zero.
+TEST_CASE("past 2^31 elements: the bias gradient alone") {
+    Handle mm = open_matmul();
+    int64_t OC = 1 << 20, N = (int64_t(1) << 31) / OC + 300;
+    check::Huge<real> dout(N * OC);
+    Vector<real> values = random_normal<real>(64, 24);
+    for (int i = 0; i < 32; i++) dout[i] = values[i], dout[N * OC - 32 + i] = values[32 + i];
+    Vector<float> dbias(OC, 0.5f);
+    {
+        simt::SettingsGuard guard;
+        simt::settings().blocks = simt::some_blocks(1);
+        matmul_backward_weight(mm.get(), nullptr, dbias.data(), dout.data(), nullptr, N, 1, OC);
     }
-    Folded(const Folded&) = delete;
-    ~Folded() { munmap(data_, bytes_); }
-    real* data() { return data_; }
+    for (int i = 0; i < 32; i++) {
+        CHECK(dbias[i] == 0.5f + to_float(values[i]));
+        CHECK(dbias[OC - 32 + i] == 0.5f + to_float(values[32 + i]));
+    }
+}
+#endif
 
-private:
-    static constexpr size_t kFold = 64 << 20;
-    size_t bytes_;
-    real* data_;
-};
-
-TEST_CASE("past 2^31 elements of output, through GELU and back" * doctest::test_suite("long")) {
+TEST_CASE("past 2^31 elements of output, through GELU and back" * doctest::test_suite("long") *
+          doctest::skip(check::kSimulated)) {
     Handle mm = open_matmul();
     int64_t width = 4096, N = (int64_t(1) << 31) / width + 3;
     Vector<real> narrow = random_normal<real>(N, 22), w = random_normal<real>(width, 23);
-    Folded pre(N * width), out(N * width);
+    check::Huge<real> pre(N * width, true), out(N * width, true);
     double x = to_float(narrow[N - 1]);
     int64_t last = (N - 1) * width;
 
