@@ -231,7 +231,7 @@ Gpt2::Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T,
     size_t scratch = attention_forward_scratch(shape);
     if (training) {
         scratch = std::max({scratch, attention_backward_scratch(shape), layernorm_backward_scratch(N, C),
-                            global_norm_scratch(params_.padded)});
+                            global_norm_scratch(params_.padded), embedding_backward_scratch({B, T, C})});
     }
     char* bytes = nullptr;
     arena_.place(bytes, scratch, "scratch");
@@ -373,7 +373,7 @@ void Gpt2::backward(int64_t B) {
         layernorm_backward(s, d_.x, dw(ln1w, l), dw(ln1b, l), d_.ln, x, w(ln1w, l), at(a_.mean1, l, 1),
                            at(a_.rstd1, l, 1), scratch_, N, C);
     }
-    embedding_backward(s, dw(wte), dw(wpe), d_.x, a_.tokens, {B, T, C});
+    embedding_backward(s, dw(wte), dw(wpe), d_.x, a_.tokens, scratch_, {B, T, C});
 }
 
 void Gpt2::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {

@@ -38,10 +38,12 @@ void embedding_forward(Stream, real* out, const int32_t* tokens, const real* wte
     });
 }
 
+size_t embedding_backward_scratch(const EmbeddingShape&) { return 0; }
+
 // Two tokens may share a row, so no two threads may add to the same element: threads are laid out as slices of the
 // channels, and where there are more threads than slices worth having, as groups that own the rows of every so-many'th
 // token and position. Whoever owns an element walks all tokens in order, so the sums do not depend on the threads.
-void embedding_backward(Stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens,
+void embedding_backward(Stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens, void*,
                         const EmbeddingShape& shape) {
     constexpr int64_t kNarrowest = 64; // channels: shorter runs would waste the memory's bursts and the prefetcher
     const int64_t C = shape.C, N = shape.B * shape.T;

@@ -4,6 +4,8 @@
 //
 // The sum is done in float and rounded once. Tokens and positions must be in range; loaders check them (shards.h).
 #pragma once
+#include <cstddef>
+
 #include "types.h"
 
 struct EmbeddingShape {
@@ -17,9 +19,11 @@ void embedding_forward(Stream stream, real* out, const int32_t* tokens, const re
                        const EmbeddingShape& shape);
 
 // dwte (Vp,C) `+=`, dwpe (maxT,C) `+=` or null. dout (B,T,C). Deterministic: rows that repeat are summed in token
-// order.
-void embedding_backward(Stream stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens,
+// order, on a GPU beyond 256 of them in pieces that are added in order. scratch: embedding_backward_scratch(shape)
+// bytes, 64-byte aligned.
+void embedding_backward(Stream stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens, void* scratch,
                         const EmbeddingShape& shape);
+size_t embedding_backward_scratch(const EmbeddingShape& shape);
 
 inline Cost embedding_forward_cost(const EmbeddingShape& s, bool with_positions) {
     double n = double(s.B) * s.T, row = double(s.C) * sizeof(real);

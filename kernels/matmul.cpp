@@ -225,7 +225,7 @@ void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dou
               .gelu = Gelu::none,
               .type = Type::f32,
               .threads = omp_get_max_threads()};
-    mm->run(dw, dout, inp, nullptr, p);
+    if (dw) mm->run(dw, dout, inp, nullptr, p);
     if (!dbias) return;
 
     // Wide rows are cut into columns, a run for each thread: nobody's sums meet. Narrow ones are cut into rows, and the

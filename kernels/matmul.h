@@ -17,7 +17,8 @@ Matmul* matmul_open(Stream stream);
 void matmul_close(Matmul* mm);
 
 // out (N,OC) `=`. pre (N,OC) `=` or null: keep the pre-activation for the backward pass (kind != none only).
-// inp (N,C), w (OC,C), bias (OC) or null. No aliasing.
+// inp (N,C), w (OC,C), bias (OC) or null. No aliasing. GELU is taken of the float sum where it is part of the product,
+// else of the sum rounded to real.
 void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const real* w, const real* bias, int64_t N,
                     int64_t C, int64_t OC, Gelu kind = Gelu::none);
 
@@ -25,7 +26,8 @@ void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const rea
 void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
                            int64_t C, int64_t OC, Gelu kind = Gelu::none);
 
-// dw (OC,C) `+=` in float, dbias (OC) `+=` in float or null. dout (N,OC), inp (N,C). Deterministic for a thread count.
+// dw (OC,C) `+=` in float or null, dbias (OC) `+=` in float or null. dout (N,OC), inp (N,C; null where dw is).
+// Deterministic for a thread count.
 void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dout, const real* inp, int64_t N,
                             int64_t C, int64_t OC);
 

@@ -18,10 +18,12 @@ int main() {
         bench::Buffer tokens_(drawn);
         const int32_t* tokens = tokens_.as<int32_t>();
         EmbeddingShape shape{1, T, C};
+        bench::Buffer scratch(embedding_backward_scratch(shape));
         const std::string name = std::to_string(T) + "x" + std::to_string(C);
         table.run("embedding forward", name, embedding_forward_cost(shape, true),
                   [&] { embedding_forward(nullptr, out.reals(), tokens, wte.reals(), wpe.reals(), shape); });
-        table.run("embedding backward", name, embedding_backward_cost(shape, true),
-                  [&] { embedding_backward(nullptr, dwte.floats(), dwpe.floats(), out.reals(), tokens, shape); });
+        table.run("embedding backward", name, embedding_backward_cost(shape, true), [&] {
+            embedding_backward(nullptr, dwte.floats(), dwpe.floats(), out.reals(), tokens, scratch.floats(), shape);
+        });
     }
 }
