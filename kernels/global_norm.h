@@ -9,7 +9,7 @@
 
 #include "types.h"
 
-// norm (1) `=`. grads (n). Summed in double, or as exactly, in a fixed order for a thread count.
+// norm (1) `=`. grads (n). Summed in double, or as exactly, in an order that depends on n alone.
 // scratch: global_norm_scratch(n) bytes, 64-byte aligned.
 void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n);
 size_t global_norm_scratch(int64_t n);

@@ -21,7 +21,8 @@ void residual_layernorm_forward(Stream stream, real* residual, real* out, float*
                                 float eps = kLayerNormEps);
 
 // dinp (N,C) `+=` (the residual stream's gradient flows past the layer), dw (C) `+=`, db (C) `+=`.
-// dout (N,C), inp (N,C), w (C), mean (N), rstd (N). dout may not alias dinp. Deterministic for a thread count.
+// dout (N,C), inp (N,C), w (C), mean (N), rstd (N). dout may not alias dinp. Deterministic:
+// the same bits for the same number of threads on a CPU, and on every GPU.
 // scratch: layernorm_backward_scratch(N, C) bytes, 64-byte aligned.
 void layernorm_backward(Stream stream, real* dinp, float* dw, float* db, const real* dout, const real* inp,
                         const real* w, const float* mean, const float* rstd, void* scratch, int64_t N, int64_t C);

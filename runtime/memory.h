@@ -8,8 +8,12 @@ void* device_alloc(size_t bytes);
 void device_free(void* pointer, size_t bytes);
 
 // Memory that host and device both see, for tests; what a kernel wrote is there once the stream has been waited for.
+// Zeroed where it is large (beyond 64 MiB), and then pages that nobody touches cost nothing.
 void* managed_alloc(size_t bytes);
 void managed_free(void* pointer);
+
+// Whether kernels are the host's own functions, which may touch all of its memory: in the cpu build.
+bool device_is_host();
 
 // Most memory this process has had: resident on the CPU, in use of the GPU's on a GPU, in bytes.
 size_t peak_resident_bytes();

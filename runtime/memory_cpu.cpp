@@ -22,11 +22,13 @@ void* device_alloc(size_t bytes) {
 void device_free(void* pointer, size_t bytes) { munmap(pointer, bytes); }
 
 void* managed_alloc(size_t bytes) {
-    void* pointer = malloc(bytes);
+    void* pointer = calloc(bytes, 1);
     if (!pointer) throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of memory");
     return pointer;
 }
 void managed_free(void* pointer) { free(pointer); }
+
+bool device_is_host() { return true; }
 
 size_t peak_resident_bytes() {
     rusage usage;

@@ -24,9 +24,15 @@ void device_free(void* pointer, size_t) { cudaFree(pointer); }
 void* managed_alloc(size_t bytes) {
     void* pointer = nullptr;
     check_cuda(cudaMallocManaged(&pointer, std::max<size_t>(bytes, 1)), "allocating managed memory");
+#ifndef LONGHAND_SIMT // whose memory starts out poisoned where it is small, and untouched, so zero, where it is large
+    check_cuda(cudaMemset(pointer, 0, bytes), "clearing managed memory");
+    check_cuda(cudaDeviceSynchronize(), "clearing managed memory");
+#endif
     return pointer;
 }
 void managed_free(void* pointer) { cudaFree(pointer); }
+
+bool device_is_host() { return false; }
 
 size_t peak_resident_bytes() {
     size_t available = 0, total = 0;

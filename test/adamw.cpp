@@ -1,5 +1,7 @@
 #include "../kernels/adamw.h"
 
+#include <bit>
+
 #include "check.h"
 #include "oracle.h"
 
@@ -15,13 +17,14 @@ struct State {
     explicit State(int64_t n, uint64_t seed = 1)
         : weights(random_normal<float>(n, seed)), m(n), v(n), params(poisoned<real>(n)) {}
 
-    void update(const Vector<float>& grads, float scale, const AdamW& opt) {
+    void update(const Vector<float>& grads, float scale_value, const AdamW& opt) {
+        const Vector<float> scale = {scale_value};
         if constexpr (kMaster)
-            adamw_update(nullptr, params.data(), weights.data(), m.data(), v.data(), grads.data(), &scale,
+            adamw_update(nullptr, params.data(), weights.data(), m.data(), v.data(), grads.data(), scale.data(),
                          weights.size(), opt);
         else
             adamw_update(nullptr, reinterpret_cast<real*>(weights.data()), nullptr, m.data(), v.data(), grads.data(),
-                         &scale, weights.size(), opt);
+                         scale.data(), weights.size(), opt);
     }
 };
 
@@ -44,7 +47,7 @@ TEST_CASE("several steps against the oracle") {
         {1e-3f, 0.9f, 0.999f, 1e-8f, 0.1f, 1, 1, 20000000}, // long trained: the corrections are 1
     };
     for (const Case& c : cases)
-        for (int64_t n : {1, 7, 64, 1003}) {
+        for (int64_t n : {1, 7, 64, 1003, 2051}) {
             CAPTURE(&c - cases);
             CAPTURE(n);
             State got(n);
@@ -101,6 +104,30 @@ TEST_CASE("a NaN scale changes nothing") {
     CHECK(check::same_bits(got.params, before.params));
 }
 
+TEST_CASE("each array from any address") {
+    const int64_t n = 20;
+    const Vector<float> grads = random_normal<float>(n, 5), scale = {0.5f};
+    const AdamW opt{1e-2f};
+    State want(n);
+    want.update(grads, 0.5f, opt);
+    for (int shifted = 0; shifted < 5; shifted++) {
+        CAPTURE(shifted);
+        State got(n);
+        check::Unaligned<float> weights(got.weights), m(got.m), v(got.v), g(grads);
+        check::Unaligned<real> params(got.params);
+        float* at = shifted == 0 ? weights.data() : got.weights.data();
+        real* rounded = shifted == 4 ? params.data() : got.params.data();
+        adamw_update(nullptr, kMaster ? rounded : reinterpret_cast<real*>(at), kMaster ? at : nullptr,
+                     shifted == 1 ? m.data() : got.m.data(), shifted == 2 ? v.data() : got.v.data(),
+                     shifted == 3 ? g.data() : grads.data(), scale.data(), n, opt);
+        check_close("weights", shifted == 0 ? weights.copy() : got.weights, to_double(want.weights), 2 * kFloat);
+        check_close("m", shifted == 1 ? m.copy() : got.m, to_double(want.m), 2 * kFloat);
+        check_close("v", shifted == 2 ? v.copy() : got.v, to_double(want.v), 2 * kFloat);
+        if (kMaster)
+            check_close("params", shifted == 4 ? params.copy() : got.params, to_double(want.weights), kRealEpsilon / 2);
+    }
+}
+
 TEST_CASE("updates are counted from 1") {
     State got(4);
     CHECK_THROWS_AS(got.update({1, 2, 3, 4}, 1, AdamW{.lr = 1e-3f, .t = 0}), std::invalid_argument);
@@ -120,23 +147,153 @@ TEST_CASE("the same bits on any number of threads") {
     });
 }
 
-TEST_SUITE("long") {
-    TEST_CASE("more than 2^31 parameters: the last ones are right") {
-        const int64_t n = (int64_t(1) << 31) + 100003, tail = 1000;
-        State want(tail);
-        const Vector<float> grads = random_normal<float>(tail, 3);
-        // Zeros under zero gradients stay zeros, so the mirrored part may be updated in any order.
-        check::Huge<float> weights(n, true), m(n, true), v(n, true), g(n);
-        check::Huge<real> params(kMaster ? n : 1, true);
-        memcpy(&weights[n - tail], want.weights.data(), tail * sizeof(float));
-        memcpy(&g[n - tail], grads.data(), tail * sizeof(float));
-        const AdamW opt{1e-2f};
-        const float scale = 1;
-        want.update(grads, scale, opt);
-        adamw_update(nullptr, kMaster ? params.data() : reinterpret_cast<real*>(weights.data()),
-                     kMaster ? weights.data() : nullptr, m.data(), v.data(), g.data(), &scale, n, opt);
-        CHECK(memcmp(&weights[n - tail], want.weights.data(), tail * sizeof(float)) == 0);
-        CHECK(memcmp(&v[n - tail], want.v.data(), tail * sizeof(float)) == 0);
-        if (kMaster) CHECK(memcmp(&params[n - tail], want.params.data(), tail * sizeof(real)) == 0);
+// A float's neighbours in bf16 and what chance makes of it, from the words of Philox: the contract once more.
+uint16_t rounded_by_chance(float x, const AdamW& opt, int64_t i) {
+    const uint64_t stream = (uint64_t(0x6164616d) << 32) ^ (uint64_t(opt.tensor) << 40) ^ uint64_t(opt.t);
+    const uint32_t word = philox(opt.seed, stream, uint64_t(i) >> 3).word[(i & 7) >> 1];
+    const uint32_t noise = i & 1 ? word >> 16 : word & 0xffff;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (std::isnan(x) || std::isinf(x)) return bits >> 16;
+    return (uint64_t(bits) + noise) >> 16;
+}
+
+// Weights in bf16 alone: `weights` after one update of nothing but decay, w·(1 − 2^-10), which is exact in float.
+template <class Real> struct Rounded {
+    Vector<Real> weights, start; // (n)
+
+    Rounded(int64_t n, uint64_t seed = 3) : weights(random_normal<Real>(n, seed)), start(weights) {}
+    static float decayed(Real w) { return to_float(w) * (1 - 0x1p-10f); }
+    // From `offset` on, so that other alignments have their turn.
+    void update(AdamW opt, int64_t offset = 0) {
+        const int64_t n = weights.size();
+        opt.lr = 0x1p-5f, opt.weight_decay = 0x1p-5f;
+        Vector<Real> there(n + offset);
+        std::copy(weights.begin(), weights.end(), there.begin() + offset);
+        Vector<float> m(n + offset), v(n + offset), grads(n + offset), scale = {1};
+        adamw_update(nullptr, there.data() + offset, nullptr, m.data() + offset, v.data() + offset,
+                     grads.data() + offset, scale.data(), n, opt);
+        std::copy(there.begin() + offset, there.end(), weights.begin());
     }
+};
+
+// In a template, for only the build whose params are bf16 may call the layer with them.
+template <class Real> void check_stochastic_rounding() {
+    if constexpr (sizeof(Real) == 2) {
+        const AdamW base{.lr = 0, .t = 7, .seed = 0x123456789abcdef, .tensor = 5};
+        SUBCASE("the bits of the formula, for any length and alignment") {
+            for (int64_t n : {1, 7, 8, 9, 2047, 2056, 5003})
+                for (int64_t offset : {0, 1}) {
+                    CAPTURE(n);
+                    CAPTURE(offset);
+                    Rounded<Real> got(n);
+                    got.update(base, offset);
+                    int64_t wrong = 0, up = 0;
+                    for (int64_t i = 0; i < n; i++) {
+                        const float exact = Rounded<Real>::decayed(got.start[i]);
+                        wrong += got.weights[i].bits != rounded_by_chance(exact, base, i);
+                        up += got.weights[i].bits == got.start[i].bits;
+                    }
+                    CHECK(wrong == 0);
+                    if (n > 1000) CHECK(up > n / 2); // the step is a 4th to an 8th of a bf16's, which nearest drops
+                    if (n > 1000) CHECK(up < n);
+                }
+        }
+        SUBCASE("another step, seed or tensor is another noise; the same again repeats") {
+            const int64_t n = 1000;
+            auto bits = [&](const AdamW& opt) {
+                Rounded<Real> got(n);
+                got.update(opt);
+                return got.weights;
+            };
+            AdamW t = base, seed = base, tensor = base;
+            t.t++, seed.seed++, tensor.tensor++;
+            const Vector<Real> first = bits(base);
+            CHECK(check::same_bits(first, bits(base)));
+            for (const AdamW& other : {t, seed, tensor}) {
+                const Vector<Real> second = bits(other);
+                int64_t differ = 0;
+                for (int64_t i = 0; i < n; i++) differ += first[i].bits != second[i].bits;
+                CHECK(differ > n / 10); // of two draws that go up with p in 1/8 .. 1/4 on average 0.3·n
+            }
+        }
+        SUBCASE("the mean of many steps is the exact value") {
+            const int64_t n = 512;
+            const int steps = 64;
+            double error = 0, variance = 0;
+            std::vector<double> at_place(8), place_variance(8); // of the eight that share a Philox block
+            for (int step = 0; step < steps; step++) {
+                Rounded<Real> got(n);
+                AdamW opt = base;
+                opt.t = 1 + step;
+                got.update(opt);
+                for (int64_t i = 0; i < n; i++) {
+                    const double exact = Rounded<Real>::decayed(got.start[i]);
+                    uint32_t below = std::bit_cast<uint32_t>(float(exact)) & 0xffff0000u;
+                    const double low = std::bit_cast<float>(below), high = std::bit_cast<float>(below + 0x10000u);
+                    const double part = (exact - low) / (high - low);
+                    const double e = (to_float(got.weights[i]) - low) / (high - low) - part;
+                    error += e, at_place[i % 8] += e;
+                    variance += part * (1 - part), place_variance[i % 8] += part * (1 - part);
+                }
+            }
+            CHECK(std::abs(error) < 4 * std::sqrt(variance));
+            for (int j = 0; j < 8; j++) CHECK(std::abs(at_place[j]) < 4 * std::sqrt(place_variance[j]));
+        }
+        SUBCASE("NaN and infinity stay, zero stays, the largest may become infinite") {
+            Rounded<Real> got(64);
+            for (int i = 0; i < 64; i++) assign(got.weights[i], i % 4 == 0 ? NAN : i % 4 == 1 ? INFINITY : -INFINITY);
+            for (int i = 3; i < 64; i += 4) assign(got.weights[i], 0);
+            got.update(base);
+            for (int i = 0; i < 64; i++) {
+                const float w = to_float(got.weights[i]);
+                CHECK((i % 4 == 0 ? std::isnan(w) : w == (i % 4 == 1 ? INFINITY : i % 4 == 2 ? -INFINITY : 0)));
+            }
+            CHECK(std::isinf(to_float(round_stochastically(3.4e38f, 0xffff))));
+            CHECK(std::isfinite(to_float(round_stochastically(3.39e38f, 0))));
+        }
+        SUBCASE("a NaN scale, and the moments as with master weights") {
+            const int64_t n = 1003;
+            Vector<Real> weights = random_normal<Real>(n, 3), before = weights, copy(n);
+            Vector<float> master(n), m(n), v(n), m2(n), v2(n), grads = random_normal<float>(n, 4), scale = {NAN};
+            adamw_update(nullptr, weights.data(), nullptr, m.data(), v.data(), grads.data(), scale.data(), n, base);
+            CHECK(check::same_bits(weights, before));
+            CHECK(check::same_bits(m, Vector<float>(n)));
+            scale[0] = 0.5f;
+            AdamW opt = base;
+            opt.lr = 1e-2f;
+            for (int64_t i = 0; i < n; i++) master[i] = to_float(weights[i]);
+            adamw_update(nullptr, weights.data(), nullptr, m.data(), v.data(), grads.data(), scale.data(), n, opt);
+            adamw_update(nullptr, copy.data(), master.data(), m2.data(), v2.data(), grads.data(), scale.data(), n, opt);
+            CHECK(check::same_bits(m, m2));
+            CHECK(check::same_bits(v, v2));
+            for (int64_t i = 0; i < n; i++) // one of the two neighbours of what the float weights became
+                CHECK(std::abs(to_float(weights[i]) - master[i]) < kRealEpsilon * std::abs(master[i]));
+        }
+    }
+}
+
+TEST_CASE("bf16 weights without master weights are rounded stochastically" *
+          doctest::skip(!kMaster) /* floats need no rounding */) {
+    check_stochastic_rounding<real>();
+}
+
+TEST_CASE("more than 2^31 parameters: the last ones are right" * doctest::test_suite(check::kSimulated ? "" : "long")) {
+    const int64_t n = (int64_t(1) << 31) + 100003, tail = 1000;
+    State want(tail);
+    const Vector<float> grads = random_normal<float>(tail, 3);
+    // Zeros under zero gradients stay zeros, so the mirrored part may be updated in any order.
+    check::Huge<float> weights(n, true), m(n, true), v(n, true), g(n);
+    check::Huge<real> params(kMaster ? n : 1, true);
+    memcpy(&weights[n - tail], want.weights.data(), tail * sizeof(float));
+    memcpy(&g[n - tail], grads.data(), tail * sizeof(float));
+    const AdamW opt{1e-2f};
+    const Vector<float> scale = {1};
+    want.update(grads, 1, opt);
+    check::OnlyBlocks some(check::blocks_at(double(int64_t(1) << 31) / n));
+    adamw_update(nullptr, kMaster ? params.data() : reinterpret_cast<real*>(weights.data()),
+                 kMaster ? weights.data() : nullptr, m.data(), v.data(), g.data(), scale.data(), n, opt);
+    CHECK(memcmp(&weights[n - tail], want.weights.data(), tail * sizeof(float)) == 0);
+    CHECK(memcmp(&v[n - tail], want.v.data(), tail * sizeof(float)) == 0);
+    if (kMaster) CHECK(memcmp(&params[n - tail], want.params.data(), tail * sizeof(real)) == 0);
 }

@@ -1,9 +1,6 @@
 // What the attention tests share: tensors with guards between their rows, a problem of any shape, and its answer in
 // double.
 #pragma once
-#include <cstdlib>
-#include <memory>
-
 #include "../kernels/attention.h"
 #include "check.h"
 #include "oracle.h"
@@ -49,20 +46,26 @@ template <class T> struct Tensor {
 };
 
 // Scratch of exactly the size asked for, full of NaN, with guards behind it.
-struct Scratch {
-    size_t bytes;
-    std::unique_ptr<char, decltype(&free)> data;
-
-    explicit Scratch(size_t bytes) : bytes(bytes), data((char*)aligned_alloc(64, (bytes + 127) / 64 * 64), free) {
-        memset(data.get(), 0xff, (bytes + 127) / 64 * 64);
-        memset(data.get() + bytes, 0x5a, 64);
+class Scratch {
+public:
+    explicit Scratch(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kGuards, 0xff) {
+        memset(get() + bytes_, kGuardByte, kGuards);
     }
-    void* get() { return data.get(); }
+    unsigned char* get() { // 64-byte aligned
+        size_t past = reinterpret_cast<uintptr_t>(memory_.data()) % kGuards;
+        return memory_.data() + (past ? kGuards - past : 0);
+    }
     ~Scratch() {
         bool hold = true;
-        for (int i = 0; i < 64; i++) hold = hold && data.get()[bytes + i] == 0x5a;
+        for (size_t i = 0; i < kGuards; i++) hold = hold && get()[bytes_ + i] == kGuardByte;
         CHECK_MESSAGE(hold, "scratch was overrun");
     }
+
+private:
+    static constexpr size_t kGuards = 64;
+    static constexpr unsigned char kGuardByte = 0x5a;
+    size_t bytes_;
+    Vector<unsigned char> memory_;
 };
 
 // One head of a dense (B,rows,H,D).
@@ -203,6 +206,20 @@ inline Vector<int64_t> documents_of(const Problem& p, int64_t b) {
     return {p.documents.begin() + b * p.shape.Tq, p.documents.begin() + (b + 1) * p.shape.Tq};
 }
 
+// Documents of the given lengths, from position `first` on, for B sequences one after another.
+inline Vector<int64_t> starts(int64_t B, int64_t Tq, int64_t first, const std::vector<Vector<int64_t>>& lengths) {
+    Vector<int64_t> doc_start;
+    for (int64_t b = 0; b < B; b++) {
+        int64_t begin = first, at = first;
+        size_t next = 0;
+        for (int64_t i = 0; i < Tq; i++, at++) {
+            while (next < lengths[b].size() && at - begin == lengths[b][next]) begin = at, next++;
+            doc_start.push_back(begin);
+        }
+    }
+    return doc_start;
+}
+
 struct Expected {
     std::vector<double> o, lse;
 };
@@ -241,4 +258,24 @@ inline HeadGradients expected_backward(Problem& p, const std::vector<double>& o,
             put_head(want.dv, g.dv, s.Tk, s.H, s.D, b, h);
         }
     return want;
+}
+
+// What a backend made of a problem, held against double, and nothing written that should not be.
+inline void check_answer(Problem& p, Output<real>& out, Backward<real>& g, double largest_score = 4) {
+    const AttentionShape& s = p.shape;
+    INFO("B ", s.B, " Tq ", s.Tq, " Tk ", s.Tk, " H ", s.H, " D ", s.D, " q_offset ", s.q_offset, " k_offset ",
+         s.k_offset);
+    double tolerance = tolerance_of<real>(p, largest_score);
+    Expected want = expected_forward(p);
+    check_close("o", out.o.dense(), want.o, tolerance);
+    check_lse(out.lse, want.lse, float_tolerance(p, largest_score));
+    CHECK(out.o.guards_hold());
+
+    std::vector<double> o = to_double(out.o.dense()), lse(out.lse.begin(), out.lse.end());
+    HeadGradients gradients = expected_backward(p, o, lse);
+    // dS is a difference of sums of D unit normals, so of numbers around sqrt(D); with the scale, around 1.
+    check_close("dq", g.dq.dense(), gradients.dq, tolerance, 1);
+    check_close("dk", g.dk.dense(), gradients.dk, tolerance, 1);
+    check_close("dv", g.dv.dense(), gradients.dv, tolerance);
+    CHECK((g.dq.guards_hold() && g.dk.guards_hold() && g.dv.guards_hold()));
 }

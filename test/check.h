@@ -1,9 +1,11 @@
 // What the kernel tests share: fresh random inputs, poisoned outputs, and a comparison that names the worst element.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -16,6 +18,9 @@
 
 #include "../kernels/types.h"
 #include "../runtime/memory.h"
+#ifdef LONGHAND_SIMT
+#include "../dev/simt/simt.h"
+#endif
 
 // What kernels read and write, seen by the host too: device memory in the simt build, managed memory on a GPU, where
 // test/main.cpp makes every launch wait for its end.
@@ -92,6 +97,17 @@ template <class T, class A> bool same_bits(const std::vector<T, A>& a, const std
     return a.size() == b.size() && (a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
+// A copy that starts between two multiples of 16 bytes.
+template <class T> class Unaligned {
+public:
+    explicit Unaligned(const Vector<T>& v) : all_(v.size() + 1) { std::copy(v.begin(), v.end(), all_.begin() + 1); }
+    T* data() { return all_.data() + 1; }
+    Vector<T> copy() const { return Vector<T>(all_.begin() + 1, all_.end()); }
+
+private:
+    Vector<T> all_;
+};
+
 // Scratch as the contracts want it: 64-byte aligned and full of NaN.
 class Scratch {
 public:
@@ -118,16 +134,58 @@ template <class Body> void with_threads(std::initializer_list<int> counts, Body 
     omp_set_num_threads(before);
 }
 
+// Which blocks of a launch to run, by their numbers, given how many there are.
+using BlockChoice = std::function<std::vector<uint64_t>(uint64_t)>;
+
+// While it lives, launches of the simt build run only the blocks chosen; others run whole.
+class OnlyBlocks {
+public:
+#ifdef LONGHAND_SIMT
+    explicit OnlyBlocks(BlockChoice choose) { simt::settings().blocks = std::move(choose); }
+
+private:
+    simt::SettingsGuard guard_;
+#else
+    explicit OnlyBlocks(const BlockChoice&) {}
+#endif
+};
+
+// The `each` first and last blocks and as many on both sides of a part of the grid, 0 < part < 1; all of a small grid.
+inline BlockChoice blocks_at(double part, uint64_t each = 3) {
+    return [part, each](uint64_t count) {
+        const uint64_t middle = uint64_t(part * count);
+        std::vector<uint64_t> chosen;
+        auto add = [&](uint64_t begin, uint64_t end) {
+            for (uint64_t i = begin; i < end; i++) chosen.push_back(i);
+        };
+        if (count <= 64)
+            add(0, count);
+        else
+            add(0, each), add(std::max(each, middle - each), std::min(middle + each, count - each)),
+                add(count - each, count);
+        return chosen;
+    };
+}
+
 // More elements than memory could hold, for offsets past 2^31. Untouched pages read as zero and cost nothing;
 // `mirrored` arrays may be written everywhere too: all but the last window are one and the same piece of memory, seen
-// many times.
+// many times. On a device it is managed memory, all of it; in the simt build kernels run a few of their blocks and so
+// write few pages.
 template <class T> class Huge {
 public:
     explicit Huge(int64_t n, bool mirrored = false) : bytes_((n * sizeof(T) / kWindow + 1) * kWindow) {
+#ifdef LONGHAND_SIMT
+        simt::settings().device_bytes = size_t(1) << 42;
+#endif
+        if (!device_is_host()) {
+            data_ = static_cast<T*>(managed_alloc(n * sizeof(T)));
+            // A write here and there must not take two megabytes each time.
+            if (mirrored)
+                madvise(reinterpret_cast<void*>(uintptr_t(data_) / kPage * kPage), n * sizeof(T), MADV_NOHUGEPAGE);
+            return;
+        }
         const int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        // The simulator's device memory is of this kind, and the only one that its kernels may touch.
-        void* at =
-            kSimulated ? managed_alloc(bytes_) : mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, kAnonymous, -1, 0);
+        void* at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, kAnonymous, -1, 0);
         REQUIRE(at != MAP_FAILED);
         data_ = static_cast<T*>(at);
         madvise(at, bytes_, MADV_HUGEPAGE); // the shared huge page of zeros: a 512th of the faults
@@ -141,7 +199,7 @@ public:
         close(fd);
     }
     ~Huge() {
-        if (kSimulated)
+        if (!device_is_host())
             managed_free(data_);
         else
             munmap(data_, bytes_);
@@ -151,7 +209,7 @@ public:
     T& operator[](int64_t i) { return data_[i]; }
 
 private:
-    static constexpr size_t kWindow = 64 << 20;
+    static constexpr size_t kWindow = 64 << 20, kPage = 4096;
     size_t bytes_;
     T* data_;
 };

@@ -24,6 +24,7 @@ LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
 LAUNCHES = ROOT / "build" / "launches.txt"
+DEVICE_ONLY = {"attention_backends"}  # compares kernels that only a GPU has
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding"]
 DOCTEST = re.compile(r"test cases:\s*(\d+)\s*\|\s*(\d+) passed\s*\|\s*(\d+) failed\s*\|\s*(\d+) skipped")
@@ -85,7 +86,7 @@ def tests():
     """Names of test programs: those of dev/simt, those that run kernels, and all others."""
     names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
     simulator = [n for n in names if n.startswith("simt")]
-    kernels = [n for n in names if n == "gpt2" or (ROOT / "kernels" / f"{n}.cu").exists()]
+    kernels = [n for n in names if n == "gpt2" or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
     return simulator, kernels, [n for n in names if n not in simulator and n not in kernels]
 
 
@@ -161,7 +162,7 @@ def run_cuda(tally, kernels, long):
 
 def run_python(tally, long):
     """pytest for the tools, the scripts and the trainer's command line, each test beside what it tests."""
-    if not build(tally, "trainers", ["build/cpu/train_gpt2", "build/cpu-bf16/train_gpt2"]):
+    if not build(tally, "trainers", [f"build/{name}/train_gpt2" for name in ("cpu", "cpu-bf16", "simt", "simt-bf16")]):
         return
     python = ROOT / ".venv" / "bin" / "python"
     for folder in ("data", "scripts", "test"):
@@ -202,7 +203,8 @@ def main():
         print(f"{part}:", flush=True)
         start = time.monotonic()
         if part in ("cpu", "cpu-bf16"):
-            run_native(tally, part, kernels + others, args.long, [f"build/{part}/train_gpt2"])
+            native = [name for name in kernels if name not in DEVICE_ONLY]
+            run_native(tally, part, native + others, args.long, [f"build/{part}/train_gpt2"])
         elif part == "asan":
             run_native(tally, "cpu-asan", SANITIZED, args.long)
         elif part == "simt":

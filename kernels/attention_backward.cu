@@ -1,0 +1,382 @@
+// FlashAttention's backward pass on tensor cores, with sm_80 instructions.
+//
+//   prepare      Δ = rowsum(dO∘O), and LSE in base 2
+//   dk_dv        a block keeps a tile of keys; queries pass by. Sᵀ = K·Qᵀ and dPᵀ = V·dOᵀ are computed transposed, rows
+//                being keys, so that Pᵀ and dSᵀ are left operands of dV += Pᵀ·dO and dK += dSᵀ·Q as they stand.
+//   dq           a block keeps a tile of queries; keys pass by. S = Q·Kᵀ and dP = dO·Vᵀ once more, dQ += dS·K.
+//
+// P and dS are rounded to bf16 and never leave the registers, and every sum has one owner and one order: the same bits
+// in each run. It is 7 products where 5 are needed. Where the caller lets the order be any, dk_dv also computes each
+// tile's dQ from dSᵀ, which the block gathers in shared memory, and adds it to fp32 sums; `finish` rounds those.
+// The scale is left out of dS and multiplies the finished sums.
+#include "attention_flash.h"
+#include "attention_tiles.h"
+
+namespace flash {
+namespace {
+
+constexpr int kThreads = 256; // of the kernels without tiles
+
+struct Statistics { // of a query, for its exponential and its dS
+    float lse, delta;
+};
+
+// For each query and head its statistics, LSE in base 2. A query that saw nothing gets +∞, which makes 2^(S − LSE) = 0
+// of any score. D / 8 lanes share a row. sums (B,H,Tq,D) or null, set to 0.
+template <int D> __global__ void __launch_bounds__(kThreads)
+    prepare_kernel(Statistics* statistics, float* sums, Heads<const bf16> dout, Heads<const bf16> o, const float* lse,
+                   View s) {
+    constexpr int kLanes = D / 8;
+    int64_t row = global_thread() / kLanes, head = row / s.Tq, i = row % s.Tq;
+    int64_t b = head / s.H, h = head % s.H;
+    int d = threadIdx.x % kLanes * 8;
+    bool valid = b * s.H + h < s.heads;
+    float delta = 0;
+    if (valid) {
+        Pack128<bf16> x = load128(dout.row(b, i, h) + d), y = load128(o.row(b, i, h) + d);
+#pragma unroll
+        for (int e = 0; e < 8; e++) delta += to_float(x[e]) * to_float(y[e]);
+        if (sums) store128(sums + row * D + d, Pack<float, 4>{}), store128(sums + row * D + d + 4, Pack<float, 4>{});
+    }
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(kFullWarp, delta, distance);
+    if (valid && d == 0) {
+        float own = load_global(lse + b * s.lse_batch + h * s.Tq + i);
+        store_global(statistics + row, Statistics{own == -kInfinity ? kInfinity : own * kLog2e, delta});
+    }
+}
+
+// dq = or += scale·sums (B,H,Tq,D), four elements a thread.
+template <class Out> __global__ void __launch_bounds__(kThreads)
+    finish_kernel(Heads<Out> dq, const float* sums, int D, View s) {
+    int64_t at = global_thread() * 4, row = at / D, head = row / s.Tq;
+    if (head >= s.heads) return;
+    Pack<float, 4> x = load128(sums + at);
+    Out* to = dq.row(head / s.H, row % s.Tq, head % s.H) + at % D;
+    Pack<Out, 4> out;
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[e] *= s.scale;
+    if constexpr (std::is_same_v<Out, float>) {
+        out = load_pack<4>(to);
+#pragma unroll
+        for (int e = 0; e < 4; e++) out[e] += x[e];
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) out[e] = to_bf16(x[e]);
+    }
+    store_pack(to, out);
+}
+
+// What one block of dk_dv and dq has in shared memory, in bytes from its start: the two operands that stay, the ring
+// with two tiles of the others and the queries' statistics in each slot, the rows' bounds, and dSᵀ for dQ's sums.
+template <int D, bool WithDq> struct Layout {
+    static constexpr Tile tile = backward_tile<D>(WithDq);
+    static constexpr int kRows = tile.rows, kColumns = tile.columns;
+    static constexpr uint32_t kept = tile_bytes<D>(kRows), passing = tile_bytes<D>(kColumns);
+    static constexpr uint32_t ring = 2 * kept, slot = 2 * passing + kColumns * sizeof(Statistics);
+    static constexpr uint32_t bounds = ring + tile.slots * slot, dscores = bounds + kRows * sizeof(int);
+    static constexpr uint32_t bytes = dscores + (WithDq ? kRows * kColumns * sizeof(bf16) : 0);
+    static_assert(WithDq || bytes <= kSmallShared);
+};
+
+// dSᵀ (keys,queries) in shared memory: rows of 32 queries are 64 bytes, so that two rows share what the banks serve at
+// once, and the swizzle takes its bits from row / 2. Those are the same 8 rows further on, so that offsets from row to
+// row are constants.
+constexpr int kDscoresRow = 32 * sizeof(bf16);
+__device__ __forceinline__ uint32_t dscores_offset(uint32_t row, uint32_t chunk) {
+    return row * kDscoresRow + 16 * (chunk ^ (row / 2 % 4));
+}
+
+// A warp's fragments of dSᵀ, the lane's rows from `row` on, to shared memory.
+template <int M> __device__ __forceinline__ void store_dscores(char* to, const uint32_t (&p)[M][2][4], int row) {
+#pragma unroll
+    for (int chunk = 0; chunk < 4; chunk++) {
+        char* at = to + dscores_offset(row, chunk) + lane_index() % 4 * 4;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                store_shared(reinterpret_cast<uint32_t*>(at + (16 * m + 8 * half) * kDscoresRow),
+                             p[m][chunk / 2][chunk % 2 * 2 + half]);
+    }
+}
+
+// sums += dS·K over the block's keys: each warp takes 16 columns, and all 32 queries or, with warps enough, 16. `to` is
+// where the lane's own four of the first query and column lie; queries from `left` on do not exist.
+template <int D, int Keys, int Warps>
+__device__ __forceinline__ void add_dq(float* to, int left, uint32_t dscores, uint32_t keys, const Lane<D>& lane) {
+    constexpr int kAcross = D / 16, M = 2 * kAcross / Warps; // of 16 queries
+    uint32_t row = lane_index() % 8 + lane_index() / 16 * 8, chunk = lane_index() / 8 % 2;
+    int row16 = warp_index() / kAcross * M, column16 = warp_index() % kAcross;
+    float out[M][2][4];
+    clear(out);
+#pragma unroll 2
+    for (int k = 0; k < Keys / 16; k++) {
+        uint32_t right[4];
+        ldmatrix_x4_trans(right, lane.at(keys, lane.rows_first, k, column16));
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            uint32_t left[4];
+            ldmatrix_x4_trans(left, dscores + dscores_offset(row, 2 * (row16 + m) + chunk) + 16 * k * kDscoresRow);
+            mma_m16n8k16(out[m][0], left, right[0], right[1]);
+            mma_m16n8k16(out[m][1], left, right[2], right[3]);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            Pack<float, 4> x = four_columns(out[m][0][2 * half], out[m][0][2 * half + 1], out[m][1][2 * half],
+                                            out[m][1][2 * half + 1]);
+            int i = 16 * (row16 + m) + 8 * half;
+            if (i + lane_index() / 4 < left) reduce_add(to + i * D + 16 * column16, float4{x[0], x[1], x[2], x[3]});
+        }
+}
+
+// sums (B,H,Tq,D) is null where dQ is left to dq_kernel.
+template <int D, class Out, bool WithDq>
+__global__ void __launch_bounds__(backward_tile<D>(WithDq).threads(), backward_tile<D>(WithDq).blocks())
+    dk_dv_kernel(Heads<Out> dk, Heads<Out> dv, float* sums, Heads<const bf16> dout, Heads<const bf16> q,
+                 Heads<const bf16> k, Heads<const bf16> v, const Statistics* statistics, View s) {
+    using At = Layout<D, WithDq>;
+    constexpr int kThreads = At::tile.threads(), kColumns = At::kColumns;
+    constexpr int M = At::kRows / At::tile.warps / 16, N = kColumns / 8;
+
+    Place place = place_of_block<false>(s); // the first keys are seen by the most queries
+    const int64_t* starts = s.doc_start ? s.doc_start + static_cast<int64_t>(place.b) * s.Tq : nullptr;
+    int row0 = place.tile * At::kRows, row_end = min(row0 + At::kRows, s.Tk);
+    // A tile with keys past the end has only masked columns: their P must be 0, since dQ's sums run over them.
+    Span span = {first_query(s, row0), last_query(s, starts, row_end - 1) + 1, first_query(s, row0 + At::kRows - 1),
+                 row0 + At::kRows <= s.Tk ? last_query(s, starts, row0) + 1 : 0};
+
+    int row = row0 + warp_index() * 16 * M + lane_index() / 4;
+    float dkey[M][D / 8][4], dvalue[M][D / 8][4];
+    clear(dkey);
+    clear(dvalue);
+
+    if (span.begin < span.end) {
+        char* shared = dynamic_shared();
+        uint32_t keys = shared_address(shared), values = keys + At::kept, ring = keys + At::ring;
+        int* last = reinterpret_cast<int*>(shared + At::bounds); // (rows)
+        for (int r = threadIdx.x; r < At::kRows; r += kThreads)
+            store_shared(last + r, row0 + r < s.Tk ? last_query(s, starts, row0 + r) : -1);
+        int64_t head = static_cast<int64_t>(place.b) * s.H + place.h;
+        statistics += head * s.Tq + span.begin + threadIdx.x;
+        if constexpr (WithDq) sums += (head * s.Tq + span.begin + lane_index() / 4) * D + first_of_four();
+
+        Lane<D> lane;
+        Rows<D, kThreads> queries(q, place.b, place.h, span.begin), douts(dout, place.b, place.h, span.begin);
+        auto start = [&](uint32_t slot, int column) {
+            if (column < span.end) {
+                queries.template load<kColumns>(ring + slot, span.end - column);
+                douts.template load<kColumns>(ring + slot + At::passing, span.end - column);
+                if (static_cast<int>(threadIdx.x) < kColumns)
+                    cp_async_or_zero<8>(ring + slot + 2 * At::passing + threadIdx.x * sizeof(Statistics), statistics,
+                                        column + static_cast<int>(threadIdx.x) < span.end);
+                statistics += kColumns;
+            }
+            cp_async_commit();
+        };
+        Rows<D, kThreads>(k, place.b, place.h, row0).template load<At::kRows>(keys, s.Tk - row0);
+        Rows<D, kThreads>(v, place.b, place.h, row0).template load<At::kRows>(values, s.Tk - row0);
+        start(0, span.begin);
+        uint32_t my_rows = tile_bytes<D>(16 * M) * warp_index(), slot = 0;
+        float c = s.scale_log2;
+        for (int column = span.begin; column < span.end; column += kColumns) {
+            cp_async_wait<0>();
+            __syncthreads(); // the slot is full, and everyone has left the other one
+            start(slot ^ At::slot, column + kColumns);
+            float p[M][N][4];
+            scores<D>(p, keys + my_rows, ring + slot, lane);
+            if (span.masked(column, kColumns))
+                mask(
+                    p, column + lane_index() % 4 * 2,
+                    [&](int m, int half) { return first_query(s, row + 16 * m + 8 * half); },
+                    [&](int m, int half) { return load_shared(last + row - row0 + 16 * m + 8 * half); });
+            const auto* of_column =
+                reinterpret_cast<const Statistics*>(shared + At::ring + slot + 2 * At::passing) + lane_index() % 4 * 2;
+            uint32_t packed[M][N / 2][4], packed_ds[M][N / 2][4];
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                Pack<Statistics, 2> two = load_pack_shared<2>(of_column + 8 * n);
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) p[m][n][e] = exp2_approx(p[m][n][e] * c - two[e % 2].lse);
+            }
+            pack(packed, p);
+            // dP by 16 queries: all at once, beside P, would not fit the registers.
+#pragma unroll
+            for (int n = 0; n < N; n += 2) {
+                float ds[M][2][4];
+                scores<D>(ds, values + my_rows, ring + slot + At::passing + tile_bytes<D>(8 * n), lane);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    Pack<Statistics, 2> two = load_pack_shared<2>(of_column + 8 * (n + i));
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) ds[m][i][e] = p[m][n + i][e] * (ds[m][i][e] - two[e % 2].delta);
+                }
+#pragma unroll
+                for (int m = 0; m < M; m++) pack(packed_ds[m][n / 2], ds[m][0], ds[m][1]);
+            }
+            if constexpr (WithDq) store_dscores(shared + At::dscores, packed_ds, row - row0);
+            accumulate<D>(dvalue, packed, ring + slot + At::passing, lane);
+            accumulate<D>(dkey, packed_ds, ring + slot, lane);
+            if constexpr (WithDq) {
+                __syncthreads(); // all of dSᵀ is there; it is read before the next turn's barrier
+                add_dq<D, At::kRows, At::tile.warps>(sums, span.end - column, shared_address(shared + At::dscores),
+                                                     keys, lane);
+                sums += kColumns * D;
+            }
+            slot ^= At::slot;
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int j = row + 16 * m + 8 * half;
+            constexpr bool kAdd = std::is_same_v<Out, float>;
+            store_row<kAdd>(dk.row(place.b, j, place.h), dkey[m], half, s.scale, j < s.Tk);
+            store_row<kAdd>(dv.row(place.b, j, place.h), dvalue[m], half, 1, j < s.Tk);
+        }
+}
+
+template <int D, class Out>
+__global__ void __launch_bounds__(backward_tile<D>(false).threads(), backward_tile<D>(false).blocks())
+    dq_kernel(Heads<Out> dq, Heads<const bf16> dout, Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v,
+              const Statistics* statistics, View s) {
+    using At = Layout<D, false>;
+    constexpr int kThreads = At::tile.threads(), kColumns = At::kColumns;
+    constexpr int M = At::kRows / At::tile.warps / 16, N = kColumns / 8;
+
+    Place place = place_of_block<true>(s);
+    const int64_t* starts = s.doc_start ? s.doc_start + static_cast<int64_t>(place.b) * s.Tq : nullptr;
+    int row0 = place.tile * At::kRows, row_end = min(row0 + At::kRows, s.Tq);
+    Span span = {first_key(s, starts, row0), last_key(s, row_end - 1) + 1, first_key(s, starts, row_end - 1),
+                 last_key(s, row0) + 1};
+
+    int row = row0 + warp_index() * 16 * M + lane_index() / 4;
+    float dquery[M][D / 8][4];
+    clear(dquery);
+
+    if (span.begin < span.end) {
+        char* shared = dynamic_shared();
+        uint32_t queries = shared_address(shared), douts = queries + At::kept, ring = queries + At::ring;
+        int* first = reinterpret_cast<int*>(shared + At::bounds); // (rows)
+        for (int r = threadIdx.x; r < At::kRows; r += kThreads)
+            store_shared(first + r, first_key(s, starts, min(row0 + r, s.Tq - 1)));
+        statistics += (static_cast<int64_t>(place.b) * s.H + place.h) * s.Tq;
+        Statistics own[M][2];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                own[m][half] = load_global(statistics + min(row + 16 * m + 8 * half, s.Tq - 1));
+
+        Lane<D> lane;
+        Rows<D, kThreads> keys(k, place.b, place.h, span.begin), values(v, place.b, place.h, span.begin);
+        auto start = [&](uint32_t slot, int column) {
+            if (column < span.end) {
+                keys.template load<kColumns>(ring + slot, span.end - column);
+                values.template load<kColumns>(ring + slot + At::passing, span.end - column);
+            }
+            cp_async_commit();
+        };
+        Rows<D, kThreads>(q, place.b, place.h, row0).template load<At::kRows>(queries, s.Tq - row0);
+        Rows<D, kThreads>(dout, place.b, place.h, row0).template load<At::kRows>(douts, s.Tq - row0);
+        start(0, span.begin);
+        uint32_t my_rows = tile_bytes<D>(16 * M) * warp_index(), slot = 0;
+        float c = s.scale_log2;
+        for (int column = span.begin; column < span.end; column += kColumns) {
+            cp_async_wait<0>();
+            __syncthreads(); // the slot is full, and everyone has left the other one
+            start(slot ^ At::slot, column + kColumns);
+            float p[M][N][4], ds[M][N][4];
+            scores<D>(p, queries + my_rows, ring + slot, lane);
+            if (span.masked(column, kColumns))
+                mask(
+                    p, column + lane_index() % 4 * 2,
+                    [&](int m, int half) { return load_shared(first + row - row0 + 16 * m + 8 * half); },
+                    [&](int m, int half) { return last_key(s, row + 16 * m + 8 * half); });
+            scores<D>(ds, douts + my_rows, ring + slot + At::passing, lane);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        ds[m][n][e] =
+                            exp2_approx(p[m][n][e] * c - own[m][e / 2].lse) * (ds[m][n][e] - own[m][e / 2].delta);
+            uint32_t packed[M][N / 2][4];
+            pack(packed, ds);
+            accumulate<D>(dquery, packed, ring + slot, lane);
+            slot ^= At::slot;
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int i = row + 16 * m + 8 * half;
+            store_row<std::is_same_v<Out, float>>(dq.row(place.b, i, place.h), dquery[m], half, s.scale, i < s.Tq);
+        }
+}
+
+// Statistics first, then dQ's sums; both multiples of 64 bytes.
+int64_t rows_of(const AttentionShape& s) { return (s.B * s.H * s.Tq + 15) / 16 * 16; }
+
+template <int D, class Out> void run(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv, Heads<const bf16> dout,
+                                     Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v, Heads<const bf16> o,
+                                     const float* lse, float scale, void* scratch, const AttentionShape& shape) {
+    using At = Layout<D, false>;
+    View by_query = view_of(shape, scale, shape.Tq, At::kRows), by_key = view_of(shape, scale, shape.Tk, At::kRows);
+    // Where a block cannot have the room for dSᵀ, the order that may be any is the fixed one.
+    using WithDq = Layout<D, true>;
+    bool any_order = !shape.deterministic && WithDq::bytes <= shared_per_block();
+    auto* statistics = static_cast<Statistics*>(scratch);
+    float* sums = any_order ? reinterpret_cast<float*>(statistics + rows_of(shape)) : nullptr;
+    int64_t elements = shape.B * shape.H * shape.Tq * D;
+    launch(prepare_kernel<D>, dim3(blocks_for(elements, 8 * kThreads)), dim3(kThreads), 0, stream, statistics, sums,
+           dout, o, lse, by_query);
+    auto dk_dv = [&](auto kernel, int threads, size_t shared) {
+        launch(kernel, grid_of(by_key), dim3(threads), shared, stream, dk, dv, sums, dout, q, k, v, statistics, by_key);
+    };
+    if (any_order) {
+        dk_dv(dk_dv_kernel<D, Out, true>, WithDq::tile.threads(), WithDq::bytes);
+        launch(finish_kernel<Out>, dim3(blocks_for(elements, 4 * kThreads)), dim3(kThreads), 0, stream, dq, sums, D,
+               by_query);
+    } else {
+        dk_dv(dk_dv_kernel<D, Out, false>, At::tile.threads(), At::bytes);
+        launch(dq_kernel<D, Out>, grid_of(by_query), dim3(At::tile.threads()), At::bytes, stream, dq, dout, q, k, v,
+               statistics, by_query);
+    }
+}
+
+} // namespace
+
+size_t backward_scratch(const AttentionShape& s) {
+    size_t sums = s.deterministic ? 0 : s.D * sizeof(float);
+    return rows_of(s) * (sizeof(Statistics) + sums);
+}
+
+template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv, Heads<const bf16> dout,
+                                   Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v, Heads<const bf16> o,
+                                   const float* lse, float scale, void* scratch, const AttentionShape& shape) {
+    if constexpr (std::is_same_v<real, bf16>) {
+        auto with = [&](auto run) { run(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape); };
+        shape.D == 64 ? with(run<64, Out>) : with(run<128, Out>);
+    }
+}
+template void backward(Stream, Heads<bf16>, Heads<bf16>, Heads<bf16>, Heads<const bf16>, Heads<const bf16>,
+                       Heads<const bf16>, Heads<const bf16>, Heads<const bf16>, const float*, float, void*,
+                       const AttentionShape&);
+template void backward(Stream, Heads<float>, Heads<float>, Heads<float>, Heads<const bf16>, Heads<const bf16>,
+                       Heads<const bf16>, Heads<const bf16>, Heads<const bf16>, const float*, float, void*,
+                       const AttentionShape&);
+
+} // namespace flash
