@@ -1,5 +1,5 @@
 // AdamW on the GPU: one pass, bound by memory. A thread takes two quads of neighbours, a block's width apart, so that
-// each access of a warp is a run of whole sectors (eight neighbours a thread would write each sector in two halves);
+// each access of a warp is a run of whole sectors (eight neighbours a thread would write each sector in two halves),
 // bf16 moves 8 bytes at a time. All loads, up to 128 bytes a thread, are under way at once: with 1024 threads an SM has
 // 128 KB in flight, more than its latency asks for.
 #include "adamw.h"

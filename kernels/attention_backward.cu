@@ -79,24 +79,16 @@ template <int D, bool WithDq> struct Layout {
     static_assert(WithDq || bytes <= kSmallShared);
 };
 
-// dSᵀ (keys,queries) in shared memory: rows of 32 queries are 64 bytes, so that two rows share what the banks serve at
-// once, and the swizzle takes its bits from row / 2. Those are the same 8 rows further on, so that offsets from row to
-// row are constants.
-constexpr int kDscoresRow = 32 * sizeof(bf16);
-__device__ __forceinline__ uint32_t dscores_offset(uint32_t row, uint32_t chunk) {
-    return row * kDscoresRow + 16 * (chunk ^ (row / 2 % 4));
-}
-
 // A warp's fragments of dSᵀ, the lane's rows from `row` on, to shared memory.
 template <int M> __device__ __forceinline__ void store_dscores(char* to, const uint32_t (&p)[M][2][4], int row) {
 #pragma unroll
     for (int chunk = 0; chunk < 4; chunk++) {
-        char* at = to + dscores_offset(row, chunk) + lane_index() % 4 * 4;
+        char* at = to + Dscores::offset(row, chunk) + lane_index() % 4 * 4;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                store_shared(reinterpret_cast<uint32_t*>(at + (16 * m + 8 * half) * kDscoresRow),
+                store_shared(reinterpret_cast<uint32_t*>(at + (16 * m + 8 * half) * Dscores::row_bytes),
                              p[m][chunk / 2][chunk % 2 * 2 + half]);
     }
 }
@@ -117,7 +109,8 @@ __device__ __forceinline__ void add_dq(float* to, int left, uint32_t dscores, ui
 #pragma unroll
         for (int m = 0; m < M; m++) {
             uint32_t left[4];
-            ldmatrix_x4_trans(left, dscores + dscores_offset(row, 2 * (row16 + m) + chunk) + 16 * k * kDscoresRow);
+            ldmatrix_x4_trans(left,
+                              dscores + Dscores::offset(row, 2 * (row16 + m) + chunk) + 16 * k * Dscores::row_bytes);
             mma_m16n8k16(out[m][0], left, right[0], right[1]);
             mma_m16n8k16(out[m][1], left, right[2], right[3]);
         }

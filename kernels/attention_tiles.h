@@ -31,14 +31,15 @@ struct Tile {
     constexpr int blocks() const { return 8 / warps; } // of an SM: 8 warps of 255 registers fill it
 };
 
-// Forward: Q stays, K and V tiles take turns in the ring.                                     shared memory, blocks/SM
-//   D = 64    128×128  4 warps  3 slots   a wide tile rescales O half as often                 64 KB, 2 by registers
-//   D = 128   128×64   4 warps  3 slots   O has 128 registers, so S can have 64                80 KB, 2 in 164 KB
-// Where an SM has 100 KB: two slots, so that two blocks still fit and one computes while the other waits.
-//   D = 64    128×128  4 warps  2 slots                                                        48 KB, 2
-//   D = 128   64×64    4 warps  2 slots                                                        48 KB, 2
+// Forward: Q stays, K and V tiles take turns in the ring.                                   shared memory, blocks an SM
+//   D = 64    128×128  4 warps  3 slots   a wide tile rescales O half as often               65 KB, 2 by registers
+//   D = 128   128×64   4 warps  3 slots   O has 128 registers, so S can have 64              81 KB, 2 in A100's 164 KB
+// Where an SM has 100 KB, tiles of which two blocks still fit: one computes while the other waits. They also leave
+// registers free, which those architectures' compilers need more of.
+//   D = 64    128×64   4 warps  3 slots                                                      41 KB, 2
+//   D = 128   64×64    4 warps  2 slots                                                      49 KB, 2
 template <int D> constexpr Tile forward_tile(bool small) {
-    if (D == 64) return {128, 128, 4, small ? 2 : 3};
+    if (D == 64) return {128, small ? 64 : 128, 4, 3};
     return small ? Tile{64, 64, 4, 2} : Tile{128, 64, 4, 3};
 }
 // Backward: the kernels keep two operands in shared memory and pass the two others through the ring, together. 32
@@ -167,6 +168,16 @@ template <int D> struct Lane {
     }
 };
 
+// dSᵀ (keys,queries) in shared memory: rows of 32 queries are 64 bytes, so that two rows share what the banks serve at
+// once, and the swizzle takes its bits from row / 2. Those are the same 8 rows further on, so that offsets from row to
+// row are constants.
+struct Dscores {
+    static constexpr int row_bytes = 32 * sizeof(bf16);
+    static __device__ __forceinline__ uint32_t offset(uint32_t row, uint32_t chunk) {
+        return row * row_bytes + 16 * (chunk ^ (row / 2 % 4));
+    }
+};
+
 // One thread's part in copying rows of a head to tiles.
 template <int D, int Threads> class Rows {
 public:
@@ -180,6 +191,8 @@ public:
     // The next Count rows to `tile`, as part of the current cp.async group; zeros after the first `left`.
     template <int Count> __device__ __forceinline__ void load(uint32_t tile, int left) {
         uint32_t to = tile + to_;
+        // Not unrolled whole: the compiler would compute every address from the first, and keep a register pair of
+        // step_'s multiples for each, until accumulators spill.
         if (left >= Count) {
 #pragma unroll 4
             for (int r = 0; r < Count; r += kStep, from_ += step_) cp_async(to + r * kRowBytes, from_);

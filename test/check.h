@@ -58,8 +58,10 @@ template <class T, class A> std::vector<double> to_double(const std::vector<T, A
 
 // |got − want| <= tolerance·(norm of want per element + floor) for every element. `tolerance` is a derived bound: an
 // epsilon times the square root of the number of additions, times a small constant stated where it is used.
+// `allowance`, if given, is what an element may be off beyond that.
 template <class T, class A> void check_close(const char* name, const std::vector<T, A>& got,
-                                             const std::vector<double>& want, double tolerance, double floor = 0) {
+                                             const std::vector<double>& want, double tolerance, double floor = 0,
+                                             const std::vector<double>& allowance = {}) {
     REQUIRE(got.size() == want.size());
     double norm = 0;
     for (double w : want) norm += std::isinf(w) ? 0 : w * w;
@@ -72,7 +74,7 @@ template <class T, class A> void check_close(const char* name, const std::vector
         if (std::isinf(want[i]))
             error = to_float(got[i]) == want[i] ? 0 : INFINITY;
         else
-            error -= tolerance * std::abs(want[i]);
+            error -= tolerance * std::abs(want[i]) + (allowance.empty() ? 0 : allowance[i]);
         if (std::isnan(error)) error = INFINITY;
         if (error > worst) worst = error, at = i;
     }
