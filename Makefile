@@ -35,7 +35,7 @@ NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
 BEST_BUILD = $(if $(and $(NVCC),$(GPU_ARCH)),$(CUDA_BUILD),$(CPU_BUILD))
 
-.PHONY: all cpu cuda simt demo test test-cpu test-simt test-cuda test-python test-long bench lint format clean
+.PHONY: all cpu cuda simt demo test test-cpu test-simt test-cuda test-python test-long bench simt-profile lint format clean
 all: build/$(BEST_BUILD)/train_gpt2
 	@ln -sf $< train_gpt2
 
@@ -97,7 +97,8 @@ build/$(1)/%.o: kernels/%.cu Makefile
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o: build/$(1)/test/%.o: test/%.cpp Makefile
+build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o build/$(1)/test/simt_traffic.o \
+		build/$(1)/test/simt_bytes.o: build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.o: test/%.cpp Makefile
@@ -189,6 +190,15 @@ test-python:
 test-long:
 	@dev/setup.sh test
 	@python3 test/run.py --long
+
+# What kernels move and how they meet the banks, counted by dev/simt. KERNEL is a layer, at the size at which
+# test/simt_bytes.cpp holds it to its contract, or any other test.
+KERNEL ?= gelu
+COUNTED = $(filter $(KERNEL),$(filter-out matmul,$(LAYERS)))
+PROFILED = build/simt-bf16/test_$(if $(COUNTED),simt_bytes,$(KERNEL))
+simt-profile: $(PROFILED)
+	@SIMT_PROFILE=$(PROFILED).txt $(PROFILED) $(COUNTED:%=-tc="%*") >$(PROFILED).log || { cat $(PROFILED).log; exit 1; }
+	@cat $(PROFILED).txt
 
 bench: $(BENCHES:%=build/$(BEST_BUILD)/bench_%)
 	@for bench in $^; do $$bench || exit 1; done

@@ -30,8 +30,9 @@ inline Cost embedding_forward_cost(const EmbeddingShape& s, bool with_positions)
     return {n * (row * (with_positions ? 2 : 1) + sizeof(int32_t)), n * row, n * s.C * (with_positions ? 1 : 0)};
 }
 
-// At worst every token is another row: one row of dout read, one float row of each table read and written.
+// At worst every token is another row: for each table, in an order of its own, one row of dout read, and one float row
+// of the table read and written.
 inline Cost embedding_backward_cost(const EmbeddingShape& s, bool with_positions) {
     double n = double(s.B) * s.T, tables = with_positions ? 2 : 1;
-    return {n * s.C * (sizeof(real) + tables * sizeof(float)), n * s.C * tables * sizeof(float), n * s.C * tables};
+    return {n * s.C * tables * (sizeof(real) + sizeof(float)), n * s.C * tables * sizeof(float), n * s.C * tables};
 }

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@
 
 #include "include/vector_types.h"
 #include "simt.h"
+#include "traffic.h"
 
 namespace simt {
 
@@ -117,7 +119,8 @@ struct Worker {
     Thread* current = nullptr;
     uint32_t generation = 0;
     bool running = false;
-    bool inside = false; // the simulator's own code is at work: hooks let its accesses pass
+    bool inside = false;              // the simulator's own code is at work: hooks let its accesses pass
+    std::unique_ptr<Counter> counter; // null unless traffic is counted
     Cell *words = nullptr, *bytes = nullptr;
 
     const Grid* grid = nullptr;
@@ -171,6 +174,11 @@ private:
 enum class Access { read, write, atomic };
 // Reports what is wrong with an access of the current fiber.
 void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access, bool aligned, const void* at);
+
+// Notes an access of the current fiber, if its worker counts.
+void count_access(Worker& worker, uintptr_t address, size_t bytes, Move move, const void* at);
+void count_plain(Worker& worker, uintptr_t address);
+bool is_kernel_data(const Worker& worker, uintptr_t address, uintptr_t last); // parameters and the program's constants
 
 // The current fiber's part in a collective of its warp; returns when all lanes of mask have taken theirs. `complete`
 // runs once, when the last has arrived, and may read and write every lane's operand.

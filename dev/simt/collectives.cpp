@@ -143,10 +143,13 @@ static void complete_ldmatrix(Worker& worker, Warp& warp, const Pending& pending
     const LdmatrixOperand& any = operand<LdmatrixOperand>(warp, 0);
     for (int tile = 0; tile < any.tiles; tile++) {
         uint16_t values[8][8]; // [row][column]
+        uint32_t addresses[8];
         for (int row = 0; row < 8; row++) {
             uint32_t address = operand<LdmatrixOperand>(warp, tile * 8 + row).address;
             memcpy(values[row], reinterpret_cast<const void*>(worker.shared + (address - kSharedWindow)), 16);
+            addresses[row] = address;
         }
+        if (worker.counter) worker.counter->tile(addresses);
         for (int lane = 0; lane < kLanes; lane++) {
             int group = lane / 4, pair = lane % 4;
             uint32_t low = any.transposed ? values[2 * pair][group] : values[group][2 * pair];
@@ -225,9 +228,20 @@ static float perturbed(float x, float relative) {
 
 static float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
-float exp2_approx(float x) { return flushed(x) == 0 ? 1.0f : flushed(perturbed(std::exp2(x), 0x1p-22f)); }
-float log2_approx(float x) { return perturbed(std::log2(flushed(x)), 0x1p-22f); }
+static void count(uint64_t Traffic::*results) {
+    if (Worker* worker = running_worker; worker && worker->counter) worker->counter->total.*results += 1;
+}
+
+float exp2_approx(float x) {
+    count(&Traffic::exp2);
+    return flushed(x) == 0 ? 1.0f : flushed(perturbed(std::exp2(x), 0x1p-22f));
+}
+float log2_approx(float x) {
+    count(&Traffic::log2);
+    return perturbed(std::log2(flushed(x)), 0x1p-22f);
+}
 float tanh_approx(float x) {
+    count(&Traffic::tanh);
     float y = perturbed(std::tanh(x), 0x1p-11f);
     return y > 1 ? 1.0f : y < -1 ? -1.0f : y;
 }

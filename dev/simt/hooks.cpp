@@ -13,6 +13,7 @@ static inline void access(void* p, size_t bytes, Access kind, bool aligned, cons
     if (!worker || worker->inside) return;
     uintptr_t address = reinterpret_cast<uintptr_t>(p);
     if (address - worker->stacks < worker->stacks_bytes) return;
+    if (worker->counter) simt::count_plain(*worker, address);
     // The commonest access of all: the allocation met last, aligned.
     if (address >= worker->allocation_begin && address + bytes <= worker->allocation_end && !(address & (bytes - 1)))
         return;
@@ -41,8 +42,9 @@ SIMT_UNALIGNED_HOOKS(16)
 
 static void access_range(void* p, size_t bytes, Access kind, const void* at) {
     simt::Worker* worker = simt::running_worker;
-    if (worker && !worker->inside && bytes)
-        simt::check_access(*worker, reinterpret_cast<uintptr_t>(p), bytes, kind, false, at);
+    if (!worker || worker->inside || !bytes) return;
+    if (worker->counter) simt::count_plain(*worker, reinterpret_cast<uintptr_t>(p));
+    simt::check_access(*worker, reinterpret_cast<uintptr_t>(p), bytes, kind, false, at);
 }
 extern "C" void __tsan_read_range(void* p, size_t bytes) { access_range(p, bytes, Access::read, SIMT_CALLER); }
 extern "C" void __tsan_write_range(void* p, size_t bytes) { access_range(p, bytes, Access::write, SIMT_CALLER); }

@@ -122,6 +122,12 @@ static void check_shared(Worker& worker, uintptr_t address, size_t bytes, Access
 // Data of the program itself: constants and __constant__ tables.
 extern "C" char __executable_start, _end;
 
+bool is_kernel_data(const Worker& worker, uintptr_t address, uintptr_t last) {
+    uintptr_t parameters = reinterpret_cast<uintptr_t>(worker.grid->parameters);
+    if (address - parameters < worker.grid->parameter_bytes) return true;
+    return address >= reinterpret_cast<uintptr_t>(&__executable_start) && last < reinterpret_cast<uintptr_t>(&_end);
+}
+
 static void check_global(Worker& worker, uintptr_t address, size_t bytes, const void* at) {
     if (bytes == 0) return;
     uintptr_t last = address + bytes - 1;
@@ -151,11 +157,7 @@ static void check_global(Worker& worker, uintptr_t address, size_t bytes, const 
     case HeapState::foreign:
         break;
     }
-    const Grid& grid = *worker.grid;
-    uintptr_t parameters = reinterpret_cast<uintptr_t>(grid.parameters);
-    if (address - parameters < grid.parameter_bytes) return;
-    if (address >= reinterpret_cast<uintptr_t>(&__executable_start) && last < reinterpret_cast<uintptr_t>(&_end))
-        return;
+    if (is_kernel_data(worker, address, last)) return;
     worker.raise(FaultKind::out_of_bounds, at,
                  text("%zu bytes at %#zx, which is no device memory: a null, wild or host pointer", bytes,
                       static_cast<size_t>(address)));
@@ -188,6 +190,13 @@ static inline void check_explicit(const void* p, size_t bytes, Access access, Sp
     Worker* worker = running_worker;
     if (!worker) return;
     uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    if (worker->counter) {
+        bool reads = access == Access::read;
+        if (space == Space::global)
+            count_access(*worker, address, bytes, reads ? Move::global_read : Move::global_write, at);
+        else
+            count_access(*worker, address, bytes, reads ? Move::shared_load : Move::shared_store, at);
+    }
     if (address >= worker->allocation_begin && address + bytes <= worker->allocation_end && !(address & (bytes - 1)) &&
         space == Space::global)
         return;
@@ -252,6 +261,10 @@ void cp_async(uint32_t shared, const void* global, int bytes, int from) {
             worker.raise(FaultKind::invalid, at, "the source of a cp.async is shared memory");
         check_global(worker, source, static_cast<size_t>(from), at);
     }
+    if (worker.counter) {
+        if (from) count_access(worker, source, static_cast<size_t>(from), Move::global_read, at);
+        count_access(worker, worker.shared + static_cast<int32_t>(offset), size, Move::shared_async, at);
+    }
     // As a write of this moment it must not race with what others read before ...
     check_shared(worker, worker.shared + static_cast<int32_t>(offset), size, Access::write, at);
     // ... and until its wait nobody may touch it.
@@ -289,8 +302,13 @@ void cp_async_wait(int groups_left) {
 // ---- Atomics ----
 // Blocks of other workers may be at the same address, so these are atomic on the machine too.
 template <class T, class New> static T atomically(T* p, const void* at, New make_new) {
-    if (Worker* worker = running_worker)
-        check_access(*worker, reinterpret_cast<uintptr_t>(p), sizeof(T), Access::atomic, true, at);
+    if (Worker* worker = running_worker) {
+        uintptr_t address = reinterpret_cast<uintptr_t>(p);
+        check_access(*worker, address, sizeof(T), Access::atomic, true, at);
+        bool shared = address - worker->arena < worker->arena_bytes;
+        if (worker->counter)
+            count_access(*worker, address, sizeof(T), shared ? Move::shared_atomic : Move::global_atomic, at);
+    }
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
     Bits* bits = reinterpret_cast<Bits*>(p);
     Bits old = __atomic_load_n(bits, __ATOMIC_RELAXED);

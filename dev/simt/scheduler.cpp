@@ -224,6 +224,7 @@ void Worker::run_block(const Grid& g, uint64_t linear) {
     ready.pop_back();
     jump(&scheduler, current->context);
     running = false;
+    if (counter) counter->finish_block();
     if (!report.raised && done_count != thread_count) explain_stuck();
     running_worker = nullptr;
 }
@@ -277,7 +278,11 @@ const char* collective_name(Collective kind) {
 void Worker::finish_collective(Warp& warp, Pending pending) {
     if (pending.complete) pending.complete(*this, warp, pending);
     order_lanes(warp, pending.arrived);
-    uint32_t first = static_cast<uint32_t>(&warp - warps.data()) * kLanes;
+    uint32_t index = static_cast<uint32_t>(&warp - warps.data()), first = index * kLanes;
+    if (counter) {
+        counter->collective(pending.kind);
+        if ((pending.arrived & warp.live) == warp.live) counter->meet(index);
+    }
     for (int lane = 0; lane < kLanes; lane++)
         if (pending.arrived >> lane & 1) make_ready(threads[first + lane]);
 }
@@ -324,6 +329,7 @@ void Worker::release(Barrier& b) {
     }
     for (uint32_t w = 0; w < warp_count; w++) {
         if (!b.waits[w]) continue;
+        if (counter) counter->meet(w);
         Warp& warp = warps[w];
         warp.known = known;
         warp.floor = warp.time;
@@ -371,6 +377,7 @@ void barrier(int id, int count, bool wait) {
         worker.raise(FaultKind::divergent_barrier, at, text("arrived twice at barrier %d before it was complete", id));
     if (!b.lanes[me.warp]) {
         b.at[me.warp] = at;
+        if (worker.counter) worker.counter->total.barriers++;
         // A last warp that is not full counts as one all the same.
         if (count >= 0) b.arrived += kLanes - std::min<uint32_t>(kLanes, worker.thread_count - me.warp * kLanes);
     }
@@ -428,6 +435,7 @@ Settings& settings() {
     static Settings all = [] {
         Settings s;
         const char *seed = getenv("SIMT_SEED"), *threads = getenv("SIMT_THREADS");
+        s.count = getenv("SIMT_PROFILE") != nullptr;
         s.seed = seed ? strtoull(seed, nullptr, 10) : 0;
         s.threads = threads ? atoi(threads) : static_cast<int>(std::thread::hardware_concurrency());
         if (s.threads < 1) s.threads = 1;
@@ -479,15 +487,18 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
     std::atomic<bool> stop{false};
     Report report;
     SignalHandlers handlers;
+    LaunchCount counted;
     auto work = [&](size_t most) {
         static thread_local std::unique_ptr<Worker> own;
         if (!own) own = std::make_unique<Worker>();
         own->allocation_begin = own->allocation_end = 0;
+        own->counter = set.count ? std::make_unique<Counter>() : nullptr;
         SignalStack stack;
         for (size_t i, ran = 0; ran < most && !stop && (i = next++) < order.size(); ran++) {
             own->run_block(g, order[i]);
             if (own->report.raised && !stop.exchange(true)) report = own->report;
         }
+        if (own->counter) counted.add(*own->counter);
     };
     // Waking the other workers costs as much as a few small blocks: the first block tells whether it is worth it.
     constexpr std::chrono::microseconds kWorthSharing{1000};
@@ -505,6 +516,7 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
         throw Fault(report.kind, function_name(kernel), place.file, place.line, report.block, report.thread,
                     report.text);
     }
+    if (set.count) record_traffic(kernel, counted);
     return cudaSuccess;
 }
 

@@ -59,7 +59,8 @@ std::vector<Place> frames(const void* address) {
 
 std::vector<Place> cached_frames(const void* address) {
     static std::mutex mutex;
-    static std::map<const void*, std::vector<Place>> known;
+    // Never destroyed: a report may still be made while the program ends.
+    static auto& known = *new std::map<const void*, std::vector<Place>>;
     std::lock_guard lock(mutex);
     auto at = known.find(address);
     if (at == known.end()) at = known.emplace(address, frames(address)).first;

@@ -1,0 +1,333 @@
+// Every layer's traffic, as dev/simt counts it, against what its contract says it costs: within 5%, reads and writes
+// apart. Sizes are such that what a call does only once vanishes.
+//
+// Held to the contract are the sectors that each launch touches at all: what it reads again shortly after finds a
+// cache. All sectors, repeated ones included, may be no more than the factor that each case states: the price in L1
+// and L2.
+#include "check.h"
+
+#include <numeric>
+
+#include "../dev/simt/simt.h"
+#include "../kernels/adamw.h"
+#include "../kernels/attention.h"
+#include "../kernels/attention_tiles.h"
+#include "../kernels/classifier.h"
+#include "../kernels/embedding.h"
+#include "../kernels/gelu.h"
+#include "../kernels/global_norm.h"
+#include "../kernels/layernorm.h"
+
+using simt::Traffic;
+
+namespace {
+
+constexpr bool kBf16 = sizeof(real) == 2;
+constexpr double kSector = 32;
+
+// The traffic of one call, in kernels whose name contains `part`.
+template <class Run> Traffic counted(Run run, const char* part = "") {
+    simt::SettingsGuard guard;
+    simt::settings().count = true;
+    simt::reset_traffic();
+    run();
+    return simt::traffic_of(part);
+}
+
+void check_within(const std::string& what, double bytes, double want) {
+    CAPTURE(what);
+    CAPTURE(bytes);
+    CAPTURE(want);
+    CHECK(bytes >= 0.95 * want);
+    CHECK(bytes <= 1.05 * want);
+}
+void check_at_most(const std::string& what, double bytes, double most) {
+    CAPTURE(what);
+    CAPTURE(bytes);
+    CAPTURE(most);
+    CHECK(bytes <= 1.05 * most);
+}
+
+// How often the contract's bytes may be read and written in all; whether shared memory may have bank conflicts.
+struct Allowed {
+    double read = 1, written = 1;
+    bool conflicts = false;
+};
+
+void check_cost(const Traffic& t, const Cost& cost, Allowed allowed = {}) {
+    check_within("read", kSector * (t.read.unique + t.atomic.unique), cost.read);
+    check_within("written", kSector * (t.written.unique + t.atomic.unique), cost.written);
+    check_at_most("read in all", kSector * (t.read.sectors + t.atomic.sectors), allowed.read * cost.read);
+    check_at_most("written in all", kSector * (t.written.sectors + t.atomic.sectors), allowed.written * cost.written);
+    CHECK(t.plain_global == 0);
+    CHECK(t.plain_shared == 0);
+    if (!allowed.conflicts) CHECK(t.shared().conflicts == 0);
+}
+
+constexpr int64_t N = 64, C = 768;
+
+} // namespace
+
+TEST_CASE("gelu: forward reads once and writes once, backward reads twice") {
+    Vector<real> x = random_normal<real>(N * C, 1), y = random_normal<real>(N * C, 2);
+    for (Gelu kind : {Gelu::tanh, Gelu::erf}) {
+        check_cost(counted([&] { gelu_forward(nullptr, y.data(), x.data(), N * C, kind); }), gelu_forward_cost(N * C));
+        check_cost(counted([&] { gelu_backward(nullptr, y.data(), y.data(), x.data(), N * C, kind); }),
+                   gelu_backward_cost(N * C));
+    }
+}
+
+// Weights and biases come from the L1 cache for each row: 2·C more than the row's own C or 2·C.
+TEST_CASE("layernorm forward, alone and behind the residual") {
+    Vector<real> x = random_normal<real>(N * C, 1), y = random_normal<real>(N * C, 2), residual(N * C), out(N * C);
+    Vector<real> w = random_normal<real>(C, 3), b = random_normal<real>(C, 4);
+    Vector<float> mean(N), rstd(N);
+    Cost alone = layernorm_forward_cost(N, C), fused = residual_layernorm_forward_cost(N, C);
+    auto n = [](double arrays) { return arrays * N * C * sizeof(real); };
+    Traffic t = counted(
+        [&] { layernorm_forward(nullptr, out.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), N, C); });
+    check_cost(t, alone, {n(3) / alone.read});
+    t = counted([&] {
+        residual_layernorm_forward(nullptr, residual.data(), out.data(), mean.data(), rstd.data(), x.data(), y.data(),
+                                   w.data(), b.data(), N, C);
+    });
+    check_cost(t, fused, {n(4) / fused.read});
+}
+
+// Each of 264 blocks writes sums of dw and db, which a second kernel reads: 4 KiB for 256 columns, so rows must be
+// many.
+TEST_CASE("layernorm backward") {
+    const int64_t rows = 22528, columns = 256;
+    Vector<real> dinp(rows * columns), dout(rows * columns), inp(rows * columns), w(columns);
+    Vector<float> mean(rows), rstd(rows), dw(columns), db(columns);
+    check::Scratch scratch(layernorm_backward_scratch(rows, columns));
+    Traffic t = counted([&] {
+        layernorm_backward(nullptr, dinp.data(), dw.data(), db.data(), dout.data(), inp.data(), w.data(), mean.data(),
+                           rstd.data(), scratch, rows, columns);
+    });
+    Cost cost = layernorm_backward_cost(rows, columns);
+    check_cost(t, cost, {(cost.read + 2.0 * rows * columns * sizeof(real)) / cost.read, 1.05, true});
+}
+
+TEST_CASE("classifier: logits are read once from memory, a second time from the cache") {
+    const int64_t rows = 4, V = 20001, Vp = 20032;
+    Vector<real> logits = random_normal<real>(rows * Vp, 1);
+    Vector<float> losses(rows);
+    Vector<int32_t> targets(rows);
+    for (int64_t i = 0; i < rows; i++) targets[i] = static_cast<int32_t>(i * 611);
+    Traffic t =
+        counted([&] { classifier_forward(nullptr, losses.data(), logits.data(), targets.data(), rows, V, Vp); });
+    CHECK(t.written.instructions == rows);
+    CHECK(t.written.unique == 1);
+    t.written = {}; // what remains to be checked are the reads
+    Cost cost = classifier_forward_cost(rows, V);
+    cost.written = 0;
+    check_cost(t, cost);
+    t = counted(
+        [&] { classifier_forward_backward(nullptr, losses.data(), logits.data(), targets.data(), 1, rows, V, Vp); });
+    check_cost(t, classifier_forward_backward_cost(rows, V, Vp), {2});
+}
+
+TEST_CASE("adamw, with master weights and without") {
+    const int64_t n = N * C;
+    Vector<real> params = random_normal<real>(n, 1);
+    Vector<float> master = random_normal<float>(n, 1), m(n), v(n), grads = random_normal<float>(n, 2), scale(1, 1);
+    AdamW opt{1e-3f};
+    for (bool with_master : {false, true}) {
+        if (with_master && !kBf16) continue;
+        check_cost(counted([&] {
+                       adamw_update(nullptr, params.data(), with_master ? master.data() : nullptr, m.data(), v.data(),
+                                    grads.data(), scale.data(), n, opt);
+                   }),
+                   adamw_cost(n, with_master));
+    }
+}
+
+// What it writes, a double a block, is next to nothing beside what it reads.
+TEST_CASE("global_norm") {
+    const int64_t n = 1 << 18;
+    Vector<float> grads = random_normal<float>(n, 1), norm(1);
+    check::Scratch scratch(global_norm_scratch(n));
+    Traffic t = counted([&] { global_norm(nullptr, norm.data(), grads.data(), scratch, n); });
+    check_within("read", kSector * t.read.unique, global_norm_cost(n).read);
+    check_within("read in all", kSector * t.read.sectors, global_norm_cost(n).read);
+    CHECK(t.written.bytes <= n * sizeof(float) / 1000);
+    CHECK(t.plain_global == 0);
+    CHECK(t.shared().conflicts == 0);
+}
+
+// Backward in bf16, a lane's eight floats of a table are two accesses, each of half of a sector: every sector twice.
+// Each warp also looks at 32 of the sorted pairs for each strip of columns, which the caches have. The sort counts
+// among the conflicts: what it does to shared memory depends on the tokens.
+TEST_CASE("embedding, every token another row") {
+    const int64_t tokens = 512, Vp = 1024;
+    Vector<real> wte = random_normal<real>(Vp * C, 1), wpe = random_normal<real>(tokens * C, 2), out(tokens * C);
+    Vector<float> dwte(Vp * C), dwpe(tokens * C);
+    Vector<int32_t> inputs(tokens);
+    for (int64_t i = 0; i < tokens; i++) inputs[i] = static_cast<int32_t>(i * 701 % Vp);
+    EmbeddingShape shape{1, tokens, C};
+    check::Scratch scratch(embedding_backward_scratch(shape));
+    for (bool positions : {false, true}) {
+        CAPTURE(positions);
+        check_cost(counted([&] {
+                       embedding_forward(nullptr, out.data(), inputs.data(), wte.data(),
+                                         positions ? wpe.data() : nullptr, shape);
+                   }),
+                   embedding_forward_cost(shape, positions));
+        Cost cost = embedding_backward_cost(shape, positions);
+        check_cost(counted([&] {
+                       embedding_backward(nullptr, dwte.data(), positions ? dwpe.data() : nullptr, out.data(),
+                                          inputs.data(), scratch, shape);
+                   }),
+                   cost, {kBf16 ? 2.0 : 1.4, kBf16 ? 2.0 : 1.05, true});
+    }
+}
+
+// ---- Attention ----
+//
+// Its contract counts every row once. How often rows of the other axis are read again follows from the table of tiles:
+// once for each tile of the axis that stays.
+
+namespace {
+
+struct Problem {
+    AttentionShape shape;
+    Vector<real> q, k, v, o, dout, dq, dk, dv;
+    Vector<float> lse;
+    check::Scratch scratch;
+
+    explicit Problem(const AttentionShape& s)
+        : shape(s), q(random_normal<real>(s.B * s.Tq * s.H * s.D, 1)),
+          k(random_normal<real>(s.B * s.Tk * s.H * s.D, 2)), v(random_normal<real>(k.size(), 3)), o(q.size()),
+          dout(random_normal<real>(q.size(), 4)), dq(q.size()), dk(k.size()), dv(k.size()), lse(s.B * s.H * s.Tq),
+          scratch(std::max(attention_forward_scratch(s), attention_backward_scratch(s))) {}
+
+    template <class T> Heads<T> heads(Vector<real>& x, int64_t T_axis) {
+        return {x.data(), T_axis * shape.H * shape.D, shape.H * shape.D, shape.D};
+    }
+    Heads<const real> query(Vector<real>& x) { return heads<const real>(x, shape.Tq); }
+    Heads<const real> key(Vector<real>& x) { return heads<const real>(x, shape.Tk); }
+};
+
+// Sums over the tiles of a kernel: of `rows` rows of one axis, each of which passes over tiles of `columns` columns of
+// the other.
+struct Tiles {
+    double pairs = 0;   // of tiles
+    double columns = 0; // that exist, over all row tiles
+};
+// begin(row), end(row): the columns that a row sees.
+template <class Begin, class End> Tiles tiles_of(int64_t n, int rows, int columns, Begin begin, End end) {
+    Tiles t;
+    for (int64_t first = 0; first < n; first += rows) {
+        int64_t from = begin(first), to = end(std::min(first + rows, n) - 1);
+        if (from >= to) continue;
+        t.pairs += double((to - from + columns - 1) / columns);
+        t.columns += double(to - from);
+    }
+    return t;
+}
+Tiles query_tiles(const AttentionShape& s, flash::Tile tile) {
+    return tiles_of(
+        s.Tq, tile.rows, tile.columns, [](int64_t) { return int64_t(0); },
+        [&](int64_t i) { return std::clamp<int64_t>(i + s.q_offset - s.k_offset + 1, 0, s.Tk); });
+}
+Tiles key_tiles(const AttentionShape& s, flash::Tile tile) {
+    return tiles_of(
+        s.Tk, tile.rows, tile.columns,
+        [&](int64_t j) { return std::clamp<int64_t>(j - (s.q_offset - s.k_offset), 0, s.Tq); },
+        [&](int64_t) { return s.Tq; });
+}
+
+void check_exactly(const std::string& what, double got, double want) {
+    CAPTURE(what);
+    CAPTURE(got);
+    CAPTURE(want);
+    CHECK(got == want);
+}
+void check_main_loop(const Traffic& t) {
+    CHECK(t.matrix.conflicts == 0);
+    CHECK(t.async.conflicts == 0);
+    CHECK(t.load.conflicts == 0);
+    CHECK(t.store.conflicts == 0);
+    CHECK(t.plain_shared == 0);
+    CHECK(t.plain_global == 0);
+}
+
+// Square, ragged, a ring's step with other offsets, more keys than queries.
+const AttentionShape kShapes[] = {
+    {1, 256, 256, 2, 64}, {1, 200, 200, 1, 64}, {1, 160, 160, 1, 64, 160, 0}, {2, 96, 224, 1, 64, 128, 0}};
+
+template <int D> void check_forward(AttentionShape s, bool small) {
+    s.D = D;
+    simt::SettingsGuard guard;
+    if (small) simt::settings().shared_per_block = flash::kSmallShared;
+    flash::Tile tile = flash::forward_tile<D>(small);
+    Problem p(s);
+    Traffic t = counted([&] {
+        attention_forward(nullptr, p.heads<real>(p.o, s.Tq), p.lse.data(), p.query(p.q), p.key(p.k), p.key(p.v), 0.1f,
+                          p.scratch, s);
+    });
+    double heads = double(s.B) * s.H, row = D * 2;
+    Tiles tiles = query_tiles(s, tile);
+    check_exactly("read", kSector * t.read.sectors, heads * row * (s.Tq + 2 * tiles.columns));
+    check_within("unique", kSector * t.read.unique, attention_forward_cost(s).read);
+    check_within("written", kSector * t.written.unique, attention_forward_cost(s).written);
+    check_exactly("mma", t.mma, heads * tiles.pairs * 2 * tile.rows * tile.columns * D / 2048);
+    check_main_loop(t);
+}
+
+template <int D> void check_backward(AttentionShape s, bool deterministic) {
+    s.D = D;
+    s.deterministic = deterministic;
+    flash::Tile tile = flash::backward_tile<D>(!deterministic);
+    Problem p(s);
+    auto run = [&] {
+        attention_backward(nullptr, p.heads<real>(p.dq, s.Tq), p.heads<real>(p.dk, s.Tk), p.heads<real>(p.dv, s.Tk),
+                           p.query(p.dout), p.query(p.q), p.key(p.k), p.key(p.v), p.query(p.o), p.lse.data(), 0.1f,
+                           p.scratch, s);
+    };
+    const double heads = double(s.B) * s.H, row = D * 2, statistics = 8,
+                 products = tile.rows * tile.columns * D / 2048.0;
+    Traffic t = counted(run, "dk_dv_kernel");
+    Tiles tiles = key_tiles(s, tile);
+    check_exactly("dk, dv: read", kSector * t.read.sectors,
+                  heads * (row * 2 * s.Tk + (2 * row + statistics) * tiles.columns));
+    check_exactly("dk, dv: written", kSector * t.written.sectors, heads * row * 2 * s.Tk);
+    check_exactly("dk, dv: mma", t.mma, heads * tiles.pairs * products * (deterministic ? 4 : 5));
+    check_exactly("dq by atomics", t.atomic.bytes, deterministic ? 0 : heads * tiles.columns * D * sizeof(float));
+    check_main_loop(t);
+    if (!deterministic) return;
+
+    t = simt::traffic_of("dq_kernel");
+    tiles = query_tiles(s, tile);
+    // Eight rows at a time take their statistics; those past the end all take the last row's.
+    double past_end = double(-s.Tq & (tile.rows - 1)) / 8 * kSector;
+    check_exactly("dq: read", kSector * t.read.sectors,
+                  heads * ((2 * row + statistics) * s.Tq + past_end + 2 * row * tiles.columns));
+    check_exactly("dq: written", kSector * t.written.sectors, heads * row * s.Tq);
+    check_exactly("dq: mma", t.mma, heads * tiles.pairs * products * 3);
+    check_main_loop(t);
+}
+
+} // namespace
+
+TEST_CASE("attention forward: global traffic and mma are those of the table of tiles, no bank conflicts" *
+          doctest::skip(!kBf16)) {
+    for (const AttentionShape& s : kShapes)
+        for (bool small : {false, true}) {
+            CAPTURE(s.Tq);
+            CAPTURE(small);
+            check_forward<64>(s, small);
+            check_forward<128>(s, small);
+        }
+}
+
+TEST_CASE("attention backward: the same" * doctest::skip(!kBf16)) {
+    for (const AttentionShape& s : kShapes)
+        for (bool deterministic : {true, false}) {
+            CAPTURE(s.Tq);
+            CAPTURE(deterministic);
+            check_backward<64>(s, deterministic);
+            check_backward<128>(s, deterministic);
+        }
+}
