@@ -29,6 +29,7 @@
 #include "runtime/loop.h"
 #include "runtime/options.h"
 #include "runtime/random.h"
+#include "runtime/recording.h"
 #include "runtime/tensors.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -178,6 +179,7 @@ private:
     Arena arena_;
     Activations a_{};
     ActivationGradients d_{};
+    Recording training_step_, evaluation_;
     void* scratch_ = nullptr; // shared by the layers, which need it one at a time
     double* loss_ = nullptr;
     float *norm_ = nullptr, *scale_ = nullptr;
@@ -379,16 +381,20 @@ void Gpt2::backward(int64_t B) {
 void Gpt2::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
     upload(device_, a_.tokens, tokens, B * T_ * sizeof(int32_t));
     upload(device_, a_.targets, targets, B * T_ * sizeof(int32_t));
-    forward(B, 0, T_);
-    losses(B * T_, factor, true);
-    backward(B);
+    training_step_.run(device_, {double(B), factor}, [&] {
+        forward(B, 0, T_);
+        losses(B * T_, factor, true);
+        backward(B);
+    });
 }
 
 void Gpt2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
     upload(device_, a_.tokens, tokens, B * T_ * sizeof(int32_t));
     upload(device_, a_.targets, targets, B * T_ * sizeof(int32_t));
-    forward(B, 0, T_);
-    losses(B * T_, factor, false);
+    evaluation_.run(device_, {double(B), factor}, [&] {
+        forward(B, 0, T_);
+        losses(B * T_, factor, false);
+    });
 }
 
 void Gpt2::next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) {

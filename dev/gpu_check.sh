@@ -37,7 +37,7 @@ step() {
 } >"$dir/machine.log" 2>&1
 say GPU "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
-tests=(gelu layernorm matmul attention attention_backends classifier embedding global_norm adamw gpt2)
+tests=(gelu layernorm matmul attention attention_backends classifier embedding global_norm adamw recording gpt2)
 benches=(gelu layernorm classifier embedding global_norm adamw matmul attention)
 jobs=$(nproc)
 step build 240 make -j"$jobs" cuda "${tests[@]/#/build/cuda/test_}" "${benches[@]/#/build/cuda/bench_}" || exit 1

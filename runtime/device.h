@@ -11,6 +11,7 @@
 struct Device {
     Stream stream = nullptr;
     Matmul* matmul = nullptr;
+    struct Staging* staging = nullptr; // pinned memory of the cuda build
     int threads = 0;
     double peak_flops = 0; // matmul rate of this machine and precision, measured at opening
 
@@ -24,7 +25,8 @@ struct Device {
 // "cpu fp32, AMD EPYC, 2 threads": the first line of a run.
 std::string device_line(const Device& device);
 
-// Copies between host and device and fills; ordered on the stream, download() waits for its data.
+// Copies between host and device and fills, ordered on the stream. upload() may return before the data has arrived, but
+// `from` may be reused at once; download() waits for its data.
 void upload(const Device& device, void* to, const void* from, size_t bytes);
 void download(const Device& device, void* to, const void* from, size_t bytes);
 void fill_zero(const Device& device, void* to, size_t bytes);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include <omp.h>
@@ -71,6 +72,25 @@ static double measure_peak(const Device& device) {
     return best;
 }
 
+// Two pieces of pinned memory that take turns: the host fills one while the GPU still reads the other, or has not
+// begun. A copy from pageable memory would wait for all launches before it.
+struct Staging {
+    static constexpr size_t kBytes = size_t(1) << 20;
+    void* memory[2] = {};
+    cudaEvent_t read[2] = {}; // the copy out of it is done
+    int next = 0;
+
+    Staging() {
+        for (int i = 0; i < 2; i++) {
+            check_cuda(cudaMallocHost(&memory[i], kBytes), "allocating pinned memory");
+            check_cuda(cudaEventCreateWithFlags(&read[i], cudaEventDisableTiming), "creating an event");
+        }
+    }
+    ~Staging() {
+        for (int i = 0; i < 2; i++) cudaEventDestroy(read[i]), cudaFreeHost(memory[i]);
+    }
+};
+
 Device::Device(int64_t wanted) {
     if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
     threads = omp_get_max_threads();
@@ -78,12 +98,15 @@ Device::Device(int64_t wanted) {
     cudaStream_t created;
     check_cuda(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking), "creating a stream");
     stream = reinterpret_cast<Stream>(created);
+    staging = new Staging;
     matmul = matmul_open(stream);
     peak_flops = measure_peak(*this);
 }
 
 Device::~Device() {
+    cudaStreamSynchronize(cuda_stream(stream));
     matmul_close(matmul);
+    delete staging;
     cudaStreamDestroy(cuda_stream(stream));
 }
 
@@ -96,10 +119,20 @@ std::string device_line(const Device& device) {
     return line;
 }
 
-// From pageable memory, so the source may be reused when this returns.
 void upload(const Device& device, void* to, const void* from, size_t bytes) {
-    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda_stream(device.stream)),
-               "copying to the GPU");
+    Staging& staging = *device.staging;
+    cudaStream_t stream = cuda_stream(device.stream);
+    for (size_t done = 0; done < bytes; done += Staging::kBytes) {
+        const size_t piece = std::min(Staging::kBytes, bytes - done);
+        const int slot = staging.next;
+        staging.next = 1 - slot;
+        check_cuda(cudaEventSynchronize(staging.read[slot]), "waiting for a copy to the GPU");
+        memcpy(staging.memory[slot], static_cast<const char*>(from) + done, piece);
+        check_cuda(
+            cudaMemcpyAsync(static_cast<char*>(to) + done, staging.memory[slot], piece, cudaMemcpyHostToDevice, stream),
+            "copying to the GPU");
+        check_cuda(cudaEventRecord(staging.read[slot], stream), "copying to the GPU");
+    }
 }
 
 void download(const Device& device, void* to, const void* from, size_t bytes) {

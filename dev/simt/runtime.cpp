@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "block.h"
+#include "graph.h"
 #include "include/cuda_runtime.h"
 
 static cudaError_t& last_error() {
@@ -34,6 +35,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         return "invalid device ordinal";
     case cudaErrorInvalidResourceHandle:
         return "invalid resource handle";
+    case cudaErrorStreamCaptureUnsupported:
+        return "operation not permitted while a stream is captured";
     case cudaErrorNotReady:
         return "device not ready";
     }
@@ -103,6 +106,7 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
     *pointer = nullptr;
+    if (simt::capturing()) return done(cudaErrorStreamCaptureUnsupported);
     if (bytes == 0) return cudaSuccess;
     *pointer = simt::device_allocate(bytes, simt::settings().device_bytes);
     return done(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
@@ -132,6 +136,9 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    // Host memory may be gone when the graph runs.
+    if (simt::capturing() && kind != cudaMemcpyDeviceToDevice) return done(cudaErrorStreamCaptureUnsupported);
+    if (simt::capture([=] { return cudaMemcpy(to, from, bytes, kind); })) return cudaSuccess;
     return cudaMemcpy(to, from, bytes, kind);
 }
 
@@ -150,7 +157,10 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
         memset(to, value, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    if (simt::capture([=] { return cudaMemset(to, value, bytes); })) return cudaSuccess;
+    return cudaMemset(to, value, bytes);
+}
 
 struct CUstream_st {};
 struct CUevent_st {
@@ -166,7 +176,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     delete stream;
     return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return simt::capturing() ? done(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t* event) {
     *event = new CUevent_st{};

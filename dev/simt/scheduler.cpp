@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdarg>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #include "block.h"
+#include "graph.h"
 #include "include/cuda_runtime.h"
 #include "signals.h"
 
@@ -468,6 +470,12 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
         threads == 0 || threads > kMaxThreads || block.z > 64 || shared_bytes > set.shared_per_block)
         return cudaErrorInvalidConfiguration;
     if (shared_bytes > kSharedBytes) return cudaErrorInvalidConfiguration;
+    if (capturing()) {
+        auto kept = std::make_shared<std::vector<std::max_align_t>>(parameter_bytes / sizeof(std::max_align_t) + 1);
+        memcpy(kept->data(), parameters, parameter_bytes);
+        capture([=] { return launch(kernel, grid, block, shared_bytes, entry, kept->data(), parameter_bytes); });
+        return cudaSuccess;
+    }
     note_launch(kernel, threads, shared_bytes);
     uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
     Grid g{kernel, grid, block, shared_bytes, entry, static_cast<const char*>(parameters), parameter_bytes, set.seed};
