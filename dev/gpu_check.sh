@@ -7,6 +7,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:?usage: dev/gpu_check.sh DIR [DEPS]}
 deps=${2:-}
+for tool in nvidia-smi nvcc; do
+    command -v $tool >/dev/null || {
+        echo "gpu_check.sh: no $tool on PATH: this is for a machine with a GPU and the CUDA toolkit" >&2
+        exit 2
+    }
+done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 export DEPS=${deps:+$(cd "$deps" && pwd)}

@@ -13,30 +13,11 @@
 #include "../kernels/device.h"
 #include "../kernels/launch.h"
 #include "../kernels/ptx.h"
+#include "simt_buffer.h"
 
 using simt::FaultKind;
 
 namespace {
-
-// Device memory that goes with its scope.
-template <class T> struct Buffer {
-    T* data = nullptr;
-    size_t n;
-
-    explicit Buffer(size_t n, T value = T(0)) : n(n) {
-        check_cuda(cudaMalloc(&data, n * sizeof(T)), "allocating");
-        std::vector<T> all(n, value);
-        check_cuda(cudaMemcpy(data, all.data(), n * sizeof(T), cudaMemcpyHostToDevice), "filling");
-    }
-    ~Buffer() { cudaFree(data); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    std::vector<T> host() const {
-        std::vector<T> all(n);
-        check_cuda(cudaMemcpy(all.data(), data, n * sizeof(T), cudaMemcpyDeviceToHost), "reading back");
-        return all;
-    }
-};
 
 // Runs under a few seeds; every one of them must raise this fault, on this line. -1: any line.
 void must_fault(const std::function<void()>& run, FaultKind kind, const char* kernel, int line,

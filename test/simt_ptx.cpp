@@ -12,28 +12,11 @@
 #include "../kernels/device.h"
 #include "../kernels/launch.h"
 #include "../kernels/ptx.h"
+#include "simt_buffer.h"
 
 using simt::FaultKind;
 
 namespace {
-
-template <class T> struct Buffer {
-    T* data = nullptr;
-    size_t n;
-
-    explicit Buffer(const std::vector<T>& all) : n(all.size()) {
-        check_cuda(cudaMalloc(&data, n * sizeof(T)), "allocating");
-        check_cuda(cudaMemcpy(data, all.data(), n * sizeof(T), cudaMemcpyHostToDevice), "filling");
-    }
-    ~Buffer() { cudaFree(data); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    std::vector<T> host() const {
-        std::vector<T> all(n);
-        check_cuda(cudaMemcpy(all.data(), data, n * sizeof(T), cudaMemcpyDeviceToHost), "reading back");
-        return all;
-    }
-};
 
 FaultKind fault_of(const std::function<void()>& run) {
     try {
