@@ -21,7 +21,10 @@ LIBS = -ldnnl -fopenmp
 
 LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
-BENCHES = $(basename $(notdir $(filter-out %_cpu.cpp,$(wildcard dev/bench/*.cpp))))
+# The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
+NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
+BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))
+LADDER = $(basename $(notdir $(wildcard dev/ladder/*.cu)))
 
 comma = ,
 ifneq ($(filter-out fp32 bf16,$(PRECISION)),)
@@ -94,6 +97,9 @@ build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
 build/$(1)/%.o: kernels/%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
+build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
@@ -114,6 +120,9 @@ build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
 build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
+build/$(1)/test_simt_ladder: build/$(1)/test/simt_ladder.o build/$(1)/test/main.o $(LADDER:%=build/$(1)/ladder/%.o) \
+		build/$(1)/liblonghand.a
+	$(CXX) $$^ $(SIMT_LIBS) -o $$@
 endef
 $(eval $(call SIMT_RULES,simt,))
 $(eval $(call SIMT_RULES,simt-bf16,-DPRECISION_BF16=1))
@@ -131,6 +140,9 @@ CUDA_LIBS = -lcublasLt -Xcompiler -fopenmp
 
 define CUDA_RULES
 build/$(1)/%.o: kernels/%.cu Makefile | nvcc
+	@mkdir -p $$(@D)
+	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
+build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
@@ -156,6 +168,9 @@ build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
+	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
+build/$(1)/bench_ladder: build/$(1)/bench/ladder.o build/$(1)/bench/backend_cuda.o $(LADDER:%=build/$(1)/ladder/%.o) \
+		build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 endef
 $(eval $(call CUDA_RULES,cuda,-DPRECISION_BF16=1))

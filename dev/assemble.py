@@ -127,10 +127,15 @@ def table(kernels, launches):
     return "\n".join(lines) + "\n"
 
 
+def all_sources():
+    """The product's kernels, and the slower steps kept in dev/ladder, whose spills are shown but do no harm."""
+    return sorted((ROOT / "kernels").glob("*.cu")) + sorted((ROOT / "dev" / "ladder").glob("*.cu"))
+
+
 def jobs(sources, archs):
-    """One launch of nvcc each. fp32 is the same source with less in it: one architecture tells."""
+    """One launch of nvcc each. fp32 is the same source with less in it: one architecture tells. The ladder has no fp32."""
     return [(source, precision, arch) for source in sources for precision in PRECISIONS for arch in archs
-            if precision == "bf16" or arch == archs[0]]
+            if precision == "bf16" or (arch == archs[0] and source.parent.name != "ladder")]
 
 
 def check_all(nvcc, archs, sources, done):
@@ -152,7 +157,7 @@ def check_all(nvcc, archs, sources, done):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="layers by name; default: all")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="sources by name, without .cu; default: all")
     parser.add_argument("--archs", default=" ".join(ARCHS))
     parser.add_argument("--launches", nargs="*", default=[])
     parser.add_argument("--out")
@@ -164,7 +169,7 @@ def main():
     for arch in args.archs.split():
         if arch not in known:
             print(f"skipped: sm_{arch}, which this nvcc or this script does not know")
-    sources = sorted((ROOT / "kernels").glob("*.cu"))
+    sources = all_sources()
     if args.kernels:
         sources = [source for source in sources if source.stem in args.kernels]
     problems = []

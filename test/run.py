@@ -117,7 +117,7 @@ def run_simt(tally, simulator, kernels, long):
         if not build(tally, name, [f"build/{name}/test_{test}" for test in simulator + kernels]):
             continue
         for test in simulator:
-            count(tally, *run_doctest(f"build/{name}/test_{test}", long))
+            count(tally, *run_doctest(f"build/{name}/test_{test}", long, SIMT_LAUNCHES=str(LAUNCHES)))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             work = [(test, seed) for test in kernels for seed in SIMT_SEEDS]
             for outcome in pool.map(
@@ -144,8 +144,7 @@ def run_nvcc(tally, long):
         if problem:
             report(f"nvcc {name}", 0, f"FAILED\n{problem}")
 
-    kernels = assemble.check_all(nvcc, [arch for arch in archs if arch in known],
-                                 sorted((ROOT / "kernels").glob("*.cu")), done)
+    kernels = assemble.check_all(nvcc, [arch for arch in archs if arch in known], assemble.all_sources(), done)
     (ROOT / "build" / "assembly.txt").write_text(
         assemble.table(kernels, assemble.read_launches([LAUNCHES] if LAUNCHES.exists() else [])), encoding="utf-8")
     worst = sum(kernel.spills > 0 for kernel in kernels)

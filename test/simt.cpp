@@ -267,6 +267,23 @@ TEST_CASE("__syncwarp orders the lanes in its mask, and no others") {
                "exchange_in_warp", -1);
 }
 
+__global__ void exchange_across(int* out, bool synchronize) {
+    int* cells = reinterpret_cast<int*>(dynamic_shared());
+    int i = static_cast<int>(threadIdx.x);
+    cells[i] = 0;
+    __syncwarp();
+    cells[i] = i;
+    int other = __shfl_xor_sync(kFullWarp, i, 1);
+    if (synchronize) __syncwarp();
+    out[i] = cells[other];
+}
+TEST_CASE("a shuffle moves values and orders no memory") {
+    Buffer<int> out(32);
+    must_run([&] { launch(exchange_across, 1, 32, 128, nullptr, out.data, true); });
+    must_fault([&] { launch(exchange_across, 1, 32, 128, nullptr, out.data, false); }, FaultKind::race,
+               "exchange_across", -1);
+}
+
 __global__ void histogram(int* out, bool atomic, bool barrier) {
     int* bins = reinterpret_cast<int*>(dynamic_shared());
     if (threadIdx.x < 4) bins[threadIdx.x] = 0;
