@@ -75,7 +75,7 @@ def count(tally, name, seconds, done):
         failed = 1
     tally.add(passed, failed, skipped)
     if skipped:
-        why = "too large for the simulator, or long" if "simt" in name else "long ones (make test-long runs them)"
+        why = "too large for the simulator, long, or of the other precision" if "simt" in name else "long ones (make test-long runs them)"
         tally.reasons.append(f"{name}: {skipped} {why}")
     report(name, seconds, f"{passed} passed" + (f", {failed} FAILED (exit {done.returncode})" if failed else ""))
     if failed:

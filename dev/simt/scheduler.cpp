@@ -279,7 +279,8 @@ const char* collective_name(Collective kind) {
 
 void Worker::finish_collective(Warp& warp, Pending pending) {
     if (pending.complete) pending.complete(*this, warp, pending);
-    // Of all that a warp does together only __syncwarp orders memory: CUDA promises that of no shuffle, vote or product.
+    // Of all that a warp does together only __syncwarp orders memory: CUDA promises that of no shuffle, vote or
+    // product.
     if (pending.kind == Collective::sync) order_lanes(warp, pending.arrived);
     uint32_t index = static_cast<uint32_t>(&warp - warps.data()), first = index * kLanes;
     if (counter) {
