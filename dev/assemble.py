@@ -118,7 +118,8 @@ def table(kernels, launches):
     for kernel in sorted(kernels):
         start = f"{kernel.source:<24} {kernel.name:<44} {kernel.precision:<5} {kernel.arch:<5} {kernel.registers:>4} " \
                 f"{kernel.spills:>5} {kernel.stack:>5} "
-        known = sorted(launches.get((kernel.source, kernel.name), []))
+        known = [launch for launch in sorted(launches.get((kernel.source, kernel.name), []))
+                 if occupancy(kernel, *launch)[0]]  # none: never launched on this architecture
         if not known:
             lines.append(start + f"{'-':>7} {'-':>7} {'-':>6} {'-':>9}")
         for threads, shared in known:

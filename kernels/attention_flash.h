@@ -11,8 +11,8 @@ template <class T> bool aligned(const Heads<T>& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % n == 0 && x.token % n == 0 && x.head % n == 0;
 }
 
-// Is there a kernel? True for D 64 and 128 in bf16 builds, if scale is positive (the running maximum is taken before
-// the scale) and lengths are below 2^30. `heads` are all tensors of the call.
+// Is there a kernel? True for D 32, 64, 80, 128 and 256 in bf16 builds, if scale is positive (the running maximum is
+// taken before the scale) and lengths are below 2^30. `heads` are all tensors of the call.
 bool supports(const AttentionShape& shape, float scale);
 template <class... T> bool supports(const AttentionShape& shape, float scale, const Heads<T>&... heads) {
     return supports(shape, scale) && (aligned(heads) && ...);

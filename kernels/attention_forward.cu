@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(forward_tile<D>(Small).threads(), forward_tile
     constexpr int kColumns = tile.columns, M = tile.rows / tile.warps / 16, N = kColumns / 8;
     constexpr int kAhead = tile.slots - 1; // tiles under way while one is worked on
     constexpr uint32_t kSlot = tile_bytes<D>(tile.columns), kRing = tile.slots * kSlot;
+    if constexpr (kSmallShared && !Small) return; // never launched there, and too large to compile without spills
 
     Place place = place_of_block<true>(s);
     const int64_t* starts = s.doc_start ? s.doc_start + static_cast<int64_t>(place.b) * s.Tq : nullptr;
@@ -75,11 +76,12 @@ __global__ void __launch_bounds__(forward_tile<D>(Small).threads(), forward_tile
         for (int r = threadIdx.x; r < tile.rows; r += tile.threads())
             store_shared(first + r, first_key(s, starts, min(row0 + r, s.Tq - 1)));
         Lane<D> lane;
-        Rows<D, tile.threads()> keys(k, place.b, place.h, span.begin), values(v, place.b, place.h, span.begin);
+        Rows<D, tile.threads(), kColumns> keys(k, place.b, place.h, span.begin),
+            values(v, place.b, place.h, span.begin);
         uint32_t load_at = 0, work_at = 0; // slots of the next tile to load and to work on
         auto next = [](uint32_t slot) { return slot + kSlot == kRing ? 0 : slot + kSlot; };
         auto start = [&](auto& rows, int column) {
-            if (column < span.end) rows.template load<kColumns>(ring + load_at, span.end - column);
+            if (column < span.end) rows.load(ring + load_at, span.end - column);
             cp_async_commit();
             load_at = next(load_at);
         };
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(forward_tile<D>(Small).threads(), forward_tile
             __syncthreads();
         };
 
-        Rows<D, tile.threads()>(q, place.b, place.h, row0).template load<tile.rows>(queries, s.Tq - row0);
+        Rows<D, tile.threads(), tile.rows>(q, place.b, place.h, row0).load(queries, s.Tq - row0);
         start(keys, span.begin);
         if constexpr (kAhead == 2) start(values, span.begin);
         float c = s.scale_log2;
@@ -133,8 +135,10 @@ template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> o, fl
                                                  const AttentionShape& shape) {
     constexpr Tile tile = forward_tile<D>(Small);
     constexpr int kShared = tile_bytes<D>(tile.rows + tile.slots * tile.columns) + tile.rows * 4;
-    static_assert(kShared <= kSmallShared && (!Small || 2 * (kShared + 1024) <= kSmallShared + 1024));
+    static_assert(kShared <= (Small ? kSmallSharedBytes : kLargeSharedBytes));
+    static_assert(!Small || D == 256 || 2 * (kShared + 1024) <= kSmallSharedBytes + 1024);
     View view = view_of(shape, scale, shape.Tq, tile.rows);
+    if (view.tiles == 0 || view.heads == 0) return;
     launch(forward_kernel<D, Small, Out>, grid_of(view), dim3(tile.threads()), kShared, stream, o, lse, q, k, v, view);
 }
 
@@ -142,18 +146,17 @@ template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> o, fl
 
 bool supports(const AttentionShape& s, float scale) {
     constexpr int64_t kLongest = int64_t(1) << 30;
-    return std::is_same_v<real, bf16> && (s.D == 64 || s.D == 128) && scale > 0 && s.Tq < kLongest && s.Tk < kLongest;
+    return std::is_same_v<real, bf16> && has_tiles(s.D) && scale > 0 && s.Tq < kLongest && s.Tk < kLongest;
 }
 
 template <class Out> void forward(Stream stream, Heads<Out> o, float* lse, Heads<const bf16> q, Heads<const bf16> k,
                                   Heads<const bf16> v, float scale, const AttentionShape& shape) {
     if constexpr (std::is_same_v<real, bf16>) {
-        bool small = shared_per_block() <= kSmallShared;
-        auto with = [&](auto run) { run(stream, o, lse, q, k, v, scale, shape); };
-        if (shape.D == 64)
-            small ? with(run<64, true, Out>) : with(run<64, false, Out>);
-        else
-            small ? with(run<128, true, Out>) : with(run<128, false, Out>);
+        bool small = shared_per_block() <= kSmallSharedBytes;
+        with_head_dim(shape.D, [&](auto D) {
+            auto with = [&](auto run) { run(stream, o, lse, q, k, v, scale, shape); };
+            small ? with(run<D, true, Out>) : with(run<D, false, Out>);
+        });
     }
 }
 template void forward(Stream, Heads<bf16>, float*, Heads<const bf16>, Heads<const bf16>, Heads<const bf16>, float,

@@ -26,30 +26,53 @@ struct Tile {
                        // that a warp reads from shared memory then serves two products: with 16 rows, shared memory
                        // (128 bytes a cycle) would be the limit, not the tensor cores
     int slots;         // of the ring through which the other axis passes
+    int sharing = 1;   // warps that share the same rows and divide their work
 
     constexpr int threads() const { return warps * kWarpSize; }
     constexpr int blocks() const { return 8 / warps; } // of an SM: 8 warps of 255 registers fill it
+    constexpr int warp_rows() const { return rows * sharing / warps; }
 };
 
 // Forward: Q stays, K and V tiles take turns in the ring.                                   shared memory, blocks an SM
-//   D = 64    128×128  4 warps  3 slots   a wide tile rescales O half as often               65 KB, 2 by registers
+//   D = 32    128×128  4 warps  3 slots   a wide tile rescales O half as often               33 KB, 2 by registers
+//   D = 64    128×128  4 warps  3 slots   the same                                           65 KB, 2 by registers
+//   D = 80    128×64   4 warps  3 slots   O has 80 registers, so S cannot have 128           51 KB, 2 by registers
 //   D = 128   128×64   4 warps  3 slots   O has 128 registers, so S can have 64              81 KB, 2 in A100's 164 KB
+//   D = 256   128×64   8 warps  3 slots   16 rows a warp, since O has 128 registers         161 KB, 1
 // Where an SM has 100 KB, tiles of which two blocks still fit: one computes while the other waits. They also leave
 // registers free, which those architectures' compilers need more of.
+//   D = 32    128×64   4 warps  3 slots                                                      21 KB, 2
 //   D = 64    128×64   4 warps  3 slots                                                      41 KB, 2
+//   D = 80    128×64   4 warps  2 slots                                                      41 KB, 2
 //   D = 128   64×64    4 warps  2 slots                                                      49 KB, 2
+//   D = 256   128×32   8 warps  2 slots   two blocks would have 32 rows each, and 4 warps    97 KB, 1
 template <int D> constexpr Tile forward_tile(bool small) {
-    if (D == 64) return {128, small ? 64 : 128, 4, 3};
-    return small ? Tile{64, 64, 4, 2} : Tile{128, 64, 4, 3};
+    if (D <= 64) return {128, small ? 64 : 128, 4, 3};
+    if (D == 80) return {128, 64, 4, small ? 2 : 3};
+    if (D == 128) return small ? Tile{64, 64, 4, 2} : Tile{128, 64, 4, 3};
+    return small ? Tile{128, 32, 8, 2} : Tile{128, 64, 8, 3};
 }
 // Backward: the kernels keep two operands in shared memory and pass the two others through the ring, together. 32
-// columns, because S and dP are alive at once beside one or two sums of D columns. Two slots everywhere: it fits 99 KB.
-//   D = 64    128×32   4 warps   dQ alone, or dK and dV: 128 registers, S and dP: 64           49 KB, 2 by registers
-//   D = 128   128×32   8 warps   16 rows a warp, or dK and dV alone would have 256             97 KB, 1
-// With dQ's part beside dK and dV, 8 warps for D = 64 too: 4 were tried and spilled.           57 KB, 105 KB
-template <int D> constexpr Tile backward_tile(bool with_dq) { return {128, 32, D == 64 && !with_dq ? 4 : 8, 2}; }
+// columns, because S and dP are alive at once beside one or two sums of D columns. Two slots fit 99 KB up to D = 128.
+//   D = 32    128×32   4 warps   dQ alone, or dK and dV: 64 registers, S and dP: 64            25 KB, 2 by registers
+//   D = 64    128×32   4 warps   128 registers beside S and dP                                 49 KB, 2 by registers
+//   D = 80    128×32   8 warps   16 rows a warp: with 32, dK and dV alone would have 160       61 KB, 1 by registers
+//   D = 128   128×32   8 warps   with 32 rows a warp, they would have 256                      97 KB, 1
+//   D = 256   64×32    8 warps   even 16 rows would have 256: two warps share them            129 KB, 1
+// With dQ's part beside dK and dV, 8 warps for D = 64 too (4 were tried and spilled), 8 KB more and, for D = 256, 4.
+//
+// What D = 256 costs. 16 rows a warp in all kernels: shared memory is the limit. In dk_dv one of the two warps keeps dV
+// and the other dK, so both need S: 5 products where 4 would do, and the two warps of each quarter of an SM are one of
+// either kind. Halves of D instead would take 4, but P and dS would pass through shared memory, for which 99 KB have no
+// room. In dq each warp takes half of the columns, and they add what they have at the end. Where a block has 99 KB
+// there is one slot: a tile's loads and products take turns.
+template <int D> constexpr Tile backward_tile(bool small, bool with_dq) {
+    if (D == 256) return {64, 32, 8, small ? 1 : 2, 2};
+    return {128, 32, D == 32 || (D == 64 && !with_dq) ? 4 : 8, 2};
+}
 
-constexpr int kSmallShared = 99 * 1024; // of a block, on cards of compute capability 8.6, 8.9 and 12.0
+constexpr int kSmallSharedBytes = 99 * 1024;  // of a block, on cards of compute capability 8.6, 8.9 and 12.0
+constexpr int kLargeSharedBytes = 163 * 1024; // on all others, or more
 
 inline size_t shared_per_block() {
     int device = 0, bytes = 0;
@@ -60,6 +83,16 @@ inline size_t shared_per_block() {
 }
 
 template <int D> constexpr int tile_bytes(int rows) { return rows * D * static_cast<int>(sizeof(bf16)); }
+
+// Head dims with tiles. f(std::integral_constant<int, D>) for the one at hand.
+constexpr bool has_tiles(int64_t D) { return D == 32 || D == 64 || D == 80 || D == 128 || D == 256; }
+template <class F> void with_head_dim(int64_t D, F f) {
+    if (D == 32) f(std::integral_constant<int, 32>());
+    if (D == 64) f(std::integral_constant<int, 64>());
+    if (D == 80) f(std::integral_constant<int, 80>());
+    if (D == 128) f(std::integral_constant<int, 128>());
+    if (D == 256) f(std::integral_constant<int, 256>());
+}
 
 // ---- Shapes and blocks, as kernels see them ----
 
@@ -143,53 +176,89 @@ struct Span {
 
 // ---- Tiles in shared memory ----
 //
-// A tile is rows of D bf16, cut into chunks of 16 bytes; chunk c of row r lies at place c XOR (r % 8) of its row. The 8
-// rows of an ldmatrix, which ask for the same chunk, thus meet 8 different quarters of the 128 bytes that the banks
-// serve at once, and so do the 8 neighbouring chunks of a row that cp.async writes: no conflicts in either.
+// A tile is rows of D bf16, cut into chunks of 16 bytes. The banks serve 128 bytes at once: 8 chunks whose places
+// differ mod 8. Three kinds of access ask for 8 chunks, or parts of them, together:
+//   - each 8×8 matrix of an ldmatrix, with trans or without: the same chunk of rows 8n .. 8n + 7;
+//   - 8 neighbouring lanes of a cp.async: 8 chunks of a row, 4 of two rows or 2 of four;
+//   - the stores of dSᵀ (rows of 64 bytes), 4 bytes a lane: a warp writes the same chunk of rows 8n .. 8n + 7.
+// Row r starts at place r·D/8, so that the same chunk of 8 rows would meet itself mod 8. Chunk c therefore lies at
+// place c XOR bits(r) of its row, where bits tell apart the rows that start at the same place mod 8:
+//   D = 64, 128, 256   all rows start at 0: r % 8
+//   D = 32             rows start at 0, 4, 0, 4, …: r / 2 % 4
+//   D = 80             rows start at 0, 2, 4, 6, 0, …: r / 4 % 2 moves four of eight to the odd places
+// An XOR permutes the chunks of an aligned pair, four or eight, so what a cp.async writes together stays together: no
+// conflicts, and the compiler checks it (static_asserts below). All bits are the same 8 rows further on, so that
+// offsets from there on are constants.
+//
+// The main loops' other accesses need none of this. Statistics are 16 bytes for each of the 4 pairs, the same for all
+// groups; a row's bound is a word for each of 8 neighbouring rows, the same for the pairs: 64 and 32 bytes in a row.
+template <int D> struct Swizzle {
+    static constexpr uint32_t row_bytes = D * sizeof(bf16);
+    static constexpr LONGHAND_HD uint32_t bits(uint32_t row) {
+        return D == 32 ? row / 2 % 4 : D == 80 ? row / 4 % 2 : row % 8;
+    }
+    static constexpr LONGHAND_HD uint32_t offset(uint32_t row, uint32_t chunk) {
+        return row * row_bytes + 16 * (chunk ^ bits(row));
+    }
+    // Do 8 lanes reach 8 places, if lane l takes row `row` + l / across and chunk `chunk` + l % across?
+    static constexpr bool apart(uint32_t row, uint32_t chunk, uint32_t across) {
+        uint32_t places = 0;
+        for (uint32_t l = 0; l < 8; l++) places |= 1u << offset(row + l / across, chunk + l % across) / 16 % 8;
+        return places == 0xff;
+    }
+    static constexpr bool apart_in_ldmatrix() {
+        bool all = true;
+        for (uint32_t chunk = 0; chunk < D / 8; chunk++) all = all && apart(0, chunk, 1);
+        return all;
+    }
+    static constexpr bool apart_in_copies(uint32_t first, uint32_t chunks) {
+        bool all = true;
+        for (uint32_t lane = 0; lane < 8 * chunks; lane += 8)
+            all = all && apart(lane / chunks, first + lane % chunks, chunks);
+        return all;
+    }
+};
 
 // A lane's offset into a tile for ldmatrix_x4 of 16 rows and 2 chunks, from any multiple of 16 rows on. The four 8×8
 // matrices come in the order
 //   rows_first:    0 2      columns_first:   0 1      0 is rows 0..7 of the first chunk
 //                  1 3                       2 3
 // Chunk pairs 2s, 2s + 1 of the first 128 bytes lie where the first pair's offset is XORed with 32·s: the lane's own
-// bits and s's are apart. What comes after 128 bytes is a constant.
+// bits and s's are apart. What comes after 128 bytes is a constant. With D = 80, whose rows do not start at multiples
+// of 128 bytes, the swizzle stays within a pair, and pairs are 32 bytes apart.
 template <int D> struct Lane {
-    static constexpr uint32_t row_bytes = D * sizeof(bf16);
+    static constexpr uint32_t row_bytes = Swizzle<D>::row_bytes;
     uint32_t rows_first, columns_first;
+    static_assert(Swizzle<D>::apart_in_ldmatrix());
 
     __device__ Lane() {
         uint32_t lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
-        rows_first = (row + 8 * low) * row_bytes + 16 * (high ^ row);
-        columns_first = (row + 8 * high) * row_bytes + 16 * (low ^ row);
+        rows_first = Swizzle<D>::offset(row + 8 * low, high);
+        columns_first = Swizzle<D>::offset(row + 8 * high, low);
     }
     // 16 rows from 16·row16 on, chunks 2·pair and 2·pair + 1.
     static __device__ __forceinline__ uint32_t at(uint32_t tile, uint32_t lane, int row16, int pair) {
-        return tile + (lane ^ (pair % 4 * 32u)) + pair / 4 * 128u + row16 * 16u * row_bytes;
+        uint32_t rows = row16 * 16u * row_bytes;
+        if constexpr (D == 80)
+            return tile + lane + pair * 32u + rows;
+        else
+            return tile + (lane ^ (pair % 4 * 32u)) + pair / 4 * 128u + rows;
     }
 };
 
-// dSᵀ (keys,queries) in shared memory: rows of 32 queries are 64 bytes, so that two rows share what the banks serve at
-// once, and the swizzle takes its bits from row / 2. Those are the same 8 rows further on, so that offsets from row to
-// row are constants.
-struct Dscores {
-    static constexpr int row_bytes = 32 * sizeof(bf16);
-    static __device__ __forceinline__ uint32_t offset(uint32_t row, uint32_t chunk) {
-        return row * row_bytes + 16 * (chunk ^ (row / 2 % 4));
-    }
-};
-
-// One thread's part in copying rows of a head to tiles.
-template <int D, int Threads> class Rows {
+// One thread's part in copying `Chunks` chunks of each row, from `First` on, of rows of a head to tiles of Count rows.
+template <int D, int Threads, int Count, int First, int Chunks> class Columns {
 public:
     // Row `first` of the head is the first to load.
-    __device__ Rows(const Heads<const bf16>& x, int b, int h, int first)
-        : step_(kStep * x.token), row_(static_cast<int>(threadIdx.x) / kChunks) {
-        uint32_t chunk = threadIdx.x % kChunks;
+    __device__ Columns(const Heads<const bf16>& x, int b, int h, int first)
+        : step_(kStep * x.token), row_(static_cast<int>(threadIdx.x) / Chunks) {
+        uint32_t chunk = First + threadIdx.x % Chunks;
         from_ = x.row(b, first + row_, h) + 8 * chunk;
-        to_ = row_ * kRowBytes + 16 * (chunk ^ (row_ % 8));
+        to_ = Swizzle<D>::offset(row_, chunk);
     }
     // The next Count rows to `tile`, as part of the current cp.async group; zeros after the first `left`.
-    template <int Count> __device__ __forceinline__ void load(uint32_t tile, int left) {
+    __device__ __forceinline__ void load(uint32_t tile, int left) {
+        if (kStep * Chunks < Threads && row_ >= kStep) return;
         uint32_t to = tile + to_;
         // Not unrolled whole: the compiler would compute every address from the first, and keep a register pair of
         // step_'s multiples for each, until accumulators spill.
@@ -204,13 +273,34 @@ public:
     }
 
 private:
-    static constexpr int kChunks = D / 8, kStep = Threads / kChunks, kRowBytes = D * static_cast<int>(sizeof(bf16));
+    static constexpr int kStep = Threads / Chunks < Count ? Threads / Chunks : Count;
+    static constexpr int kRowBytes = Swizzle<D>::row_bytes;
     static_assert(kStep % 8 == 0, "the swizzle of a thread's rows must not change from step to step");
+    static_assert(Count % kStep == 0);
+    static_assert(Swizzle<D>::apart_in_copies(First, Chunks));
 
     const bf16* from_; // of row row_
     int64_t step_;
     uint32_t to_;
     int row_;
+};
+// Whole rows.
+template <int D, int Threads, int Count> class Rows : public Columns<D, Threads, Count, 0, D / 8> {
+    using Columns<D, Threads, Count, 0, D / 8>::Columns;
+};
+// 10 chunks do not divide a block's threads: 8, then 2.
+template <int Threads, int Count> class Rows<80, Threads, Count> {
+public:
+    __device__ Rows(const Heads<const bf16>& x, int b, int h, int first)
+        : eight_(x, b, h, first), two_(x, b, h, first) {}
+    __device__ __forceinline__ void load(uint32_t tile, int left) {
+        eight_.load(tile, left);
+        two_.load(tile, left);
+    }
+
+private:
+    Columns<80, Threads, Count, 0, 8> eight_;
+    Columns<80, Threads, Count, 8, 2> two_;
 };
 
 // ---- Products of a warp ----
@@ -228,7 +318,8 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&c)[M][N][4
 template <int D, int M, int N>
 __device__ __forceinline__ void scores(float (&s)[M][N][4], uint32_t a, uint32_t b, const Lane<D>& lane) {
     clear(s);
-#pragma unroll
+    // Unrolled whole, D = 256 holds so many addresses and fragments ahead of use that sums spill.
+#pragma unroll(D < 256 ? D / 16 : 4)
     for (int k = 0; k < D / 16; k++) {
         uint32_t left[M][4];
 #pragma unroll
@@ -258,7 +349,7 @@ template <int M, int N> __device__ __forceinline__ void pack(uint32_t (&p)[M][N 
         for (int n = 0; n < N; n += 2) pack(p[m][n / 2], s[m][n], s[m][n + 1]);
 }
 
-// out (16·M,D) += P·B with P (16·M,16·K). b: tile of 16·K rows.
+// out (16·M,D) += P·B with P (16·M,16·K). b: tile whose first 16·K rows are meant.
 template <int D, int M, int K> __device__ __forceinline__ void accumulate(float (&out)[M][D / 8][4],
                                                                           const uint32_t (&p)[M][K][4], uint32_t b,
                                                                           const Lane<D>& lane) {
@@ -334,7 +425,7 @@ __device__ __forceinline__ void store_row(bf16* row, const float (&c)[N][4], int
     static_assert(!Add, "sums are kept in float");
     int pair = lane_index() % 4;
 #pragma unroll
-    for (int n = 0; n < N; n += 4) {
+    for (int n = 0; n + 4 <= N; n += 4) {
         Pack<uint32_t, 4> x;
 #pragma unroll
         for (int e = 0; e < 4; e++) x[e] = pack_bf16(c[n + e][2 * half] * factor, c[n + e][2 * half + 1] * factor);
@@ -349,6 +440,13 @@ __device__ __forceinline__ void store_row(bf16* row, const float (&c)[N][4], int
                 x[e] = high ? got : kept, x[e + step] = high ? kept : got;
             }
         if (valid) store_pack(reinterpret_cast<uint32_t*>(row + 8 * (n + pair)), x);
+    }
+    if constexpr (N % 4 == 2) { // two products are left, and one step: 4 columns each
+        constexpr int n = N - 2;
+        Pack<float, 4> x = four_columns(c[n][2 * half] * factor, c[n][2 * half + 1] * factor,
+                                        c[n + 1][2 * half] * factor, c[n + 1][2 * half + 1] * factor);
+        Pack<uint32_t, 2> packed = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])};
+        if (valid) store_pack(reinterpret_cast<uint32_t*>(row + 8 * n + first_of_four()), packed);
     }
 }
 

@@ -23,6 +23,14 @@
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Is this compiled for an architecture with only 99 KB of shared memory a block? Kernels that need more are never
+// launched there, and may leave their bodies empty.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+constexpr bool kSmallShared = true;
+#else
+constexpr bool kSmallShared = false;
+#endif
+
 // The block's shared memory, 128-byte aligned: as many bytes as launch() was given, and undefined until written.
 __device__ __forceinline__ char* dynamic_shared() {
 #ifdef LONGHAND_SIMT

@@ -159,7 +159,7 @@ struct Problem {
 };
 
 inline double weight_rounding(const Problem& p) {
-    bool tensor_cores = sizeof(real) == 2 && !device_is_host() && (p.shape.D == 64 || p.shape.D == 128);
+    bool tensor_cores = sizeof(real) == 2 && !device_is_host();
     return tensor_cores && !p.plain ? 2 * (kRealEpsilon / 2) : 0;
 }
 

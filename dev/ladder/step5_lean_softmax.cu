@@ -24,16 +24,16 @@ __global__ void __launch_bounds__(kThreads)
     flash::clear(out);
     flash::Lane<kD> lane;
 
-    flash::Rows<kD, kThreads> keys(k, at.b, at.h, 0), values(v, at.b, at.h, 0);
+    flash::Rows<kD, kThreads, kColumns> keys(k, at.b, at.h, 0), values(v, at.b, at.h, 0);
     auto buffer = [&](int column) { return buffers + column / kColumns % 2 * 2 * kTileBytes; };
     auto start = [&](int column) {
         if (column < end) {
-            keys.load<kColumns>(buffer(column), end - column);
-            values.load<kColumns>(buffer(column) + kTileBytes, end - column);
+            keys.load(buffer(column), end - column);
+            values.load(buffer(column) + kTileBytes, end - column);
         }
         cp_async_commit();
     };
-    flash::Rows<kD, kThreads>(q, at.b, at.h, row0).load<kRows>(queries, s.Tq - row0);
+    flash::Rows<kD, kThreads, kRows>(q, at.b, at.h, row0).load(queries, s.Tq - row0);
     start(0);
     for (int column = 0; column < end; column += kColumns) {
         cp_async_wait<0>();
