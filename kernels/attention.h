@@ -32,7 +32,8 @@ struct AttentionShape {
     int64_t q_offset = 0, k_offset = 0;
     const int64_t* doc_start = nullptr; // (B,Tq) first position of each query's document, never decreasing along a row
     int64_t lse_batch = 0;              // elements from one sequence's LSE to the next; 0 means H·Tq
-    bool deterministic = true;          // false allows a backend to add dQ in any order
+    bool deterministic = true;          // false allows a backend to add dQ in any order, in float sums in scratch:
+    int64_t most_sums = 64 << 20;       // bytes of them at a time, one head's at least, so that they do not grow with H
 
     int64_t lse_stride() const { return lse_batch ? lse_batch : H * Tq; }
 };

@@ -9,6 +9,7 @@
 // in each run. It is 7 products where 5 are needed (8 for D = 256, see the table of tiles). Where the caller lets the
 // order be any, dk_dv also computes each tile's dQ from dSᵀ, which the block gathers in shared memory, and adds it to
 // fp32 sums; `finish` rounds those. The scale is left out of dS and multiplies the finished sums.
+#include <algorithm>
 #include <bit>
 
 #include "attention_flash.h"
@@ -398,6 +399,22 @@ __global__ void __launch_bounds__(backward_tile<D>(Small, false).threads(), back
         }
 }
 
+// Heads that are worked on together: all, or those whose sums for dQ may be held at once.
+int64_t heads_at_once(const AttentionShape& s) {
+    int64_t sums = s.B * s.Tq * s.D * static_cast<int64_t>(sizeof(float)); // of a head
+    if (s.deterministic || sums == 0 || s.H <= 1) return s.H;
+    return std::clamp<int64_t>(s.most_sums / sums, 1, s.H);
+}
+// Heads first .. first + count of a call.
+AttentionShape group_of(AttentionShape s, int64_t count) {
+    s.lse_batch = s.lse_stride();
+    s.H = count;
+    return s;
+}
+template <class T> Heads<T> group_of(Heads<T> x, int64_t first) {
+    return {x.row(0, 0, first), x.batch, x.token, x.head};
+}
+
 // Statistics first, then dQ's sums; both multiples of 64 bytes.
 int64_t rows_of(const AttentionShape& s) { return (s.B * s.H * s.Tq + 15) / 16 * 16; }
 
@@ -437,14 +454,20 @@ template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> dq, H
 
 size_t backward_scratch(const AttentionShape& s) {
     size_t sums = s.deterministic ? 0 : s.D * sizeof(float);
-    return rows_of(s) * (sizeof(Statistics) + sums);
+    return rows_of(group_of(s, heads_at_once(s))) * (sizeof(Statistics) + sums);
 }
 
 template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv, Heads<const bf16> dout,
                                    Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v, Heads<const bf16> o,
                                    const float* lse, float scale, void* scratch, const AttentionShape& shape) {
     if constexpr (std::is_same_v<real, bf16>) {
-        auto with = [&](auto run) { run(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape); };
+        const int64_t at_once = heads_at_once(shape);
+        auto with = [&](auto run) {
+            for (int64_t h = 0; h < shape.H; h += at_once)
+                run(stream, group_of(dq, h), group_of(dk, h), group_of(dv, h), group_of(dout, h), group_of(q, h),
+                    group_of(k, h), group_of(v, h), group_of(o, h), lse + h * shape.Tq, scale, scratch,
+                    group_of(shape, std::min(at_once, shape.H - h)));
+        };
         // One column of the table serves all cards up to D = 128.
         with_head_dim(shape.D, [&](auto D) {
             if constexpr (D == 256)

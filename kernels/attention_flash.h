@@ -26,7 +26,8 @@ template <class Out> void forward(Stream stream, Heads<Out> o, float* lse, Heads
 template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv, Heads<const bf16> dout,
                                    Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v, Heads<const bf16> o,
                                    const float* lse, float scale, void* scratch, const AttentionShape& shape);
-// 8 bytes a query and head for Δ and LSE; 4·D more for dQ's sums where the order may be any.
+// 8 bytes a query and head for Δ and LSE; where the order may be any 4·D more for dQ's sums, of no more heads at a time
+// than shape.most_sums holds.
 size_t backward_scratch(const AttentionShape& shape);
 
 } // namespace flash

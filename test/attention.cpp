@@ -71,6 +71,25 @@ TEST_CASE("sums in any order: within the same tolerances") {
     }
 }
 
+TEST_CASE("sums in any order, held for some heads at a time") {
+    constexpr int64_t B = 2, T = 70, H = 3, D = 64;
+    Problem p({B, T, T, H, D}, 90, {}, 16);
+    p.shape.deterministic = false;
+    for (int64_t heads : {2, 1}) { // two and the third; one by one, also where not even one fits
+        p.shape.most_sums = B * T * D * int64_t(sizeof(float)) * heads - (heads == 1);
+        check_problem(p);
+    }
+    if (sizeof(real) == 2 && !device_is_host()) {
+        auto scratch = [](int64_t heads) {
+            AttentionShape s{1, 16384, 16384, heads, D};
+            s.deterministic = false;
+            return attention_backward_scratch(s);
+        };
+        CHECK(scratch(16) > scratch(8));
+        CHECK(scratch(64) == scratch(16));
+    }
+}
+
 TEST_CASE("a head dim without a kernel is refused") {
     AttentionShape shape{1, 4, 4, 1, 48};
     CHECK(!attention_supports(48));
