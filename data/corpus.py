@@ -85,7 +85,7 @@ class ZstdReader(io.RawIOBase):
     def __init__(self, file):
         import zstandard
 
-        self.file, self.library = file, zstandard
+        self.file, self.zstandard = file, zstandard
         self.frame, self.compressed, self.plain = None, b"", memoryview(b"")
 
     def readable(self):
@@ -99,10 +99,10 @@ class ZstdReader(io.RawIOBase):
                     raise EOFError("the last zstd frame is cut short")
                 return 0
             if self.frame is None:
-                self.frame = self.library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                self.frame = self.zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
                 self.plain = memoryview(self.frame.decompress(self.compressed))
-            except self.library.ZstdError as error:
+            except self.zstandard.ZstdError as error:
                 raise OSError(str(error)) from error
             ended = self.frame.eof
             self.compressed = self.frame.unused_data if ended else b""

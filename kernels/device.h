@@ -104,27 +104,6 @@ template <class T> __device__ __forceinline__ void store128_shared(T* p, const P
     store_pack_shared(p, value);
 }
 
-// The same for data that nobody reads again soon: evicted first, so that it does not push out what is reused.
-template <class T> __device__ __forceinline__ Pack128<T> load128_stream(const T* p) {
-#ifdef LONGHAND_SIMT
-    return load128(p);
-#else
-    int4 bits = __ldcs(reinterpret_cast<const int4*>(p));
-    Pack128<T> value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-#endif
-}
-template <class T> __device__ __forceinline__ void store128_stream(T* p, const Pack128<T>& value) {
-#ifdef LONGHAND_SIMT
-    store128(p, value);
-#else
-    int4 bits;
-    memcpy(&bits, &value, sizeof bits);
-    __stcs(reinterpret_cast<int4*>(p), bits);
-#endif
-}
-
 // Position of this thread, in blocks of one dimension; 64-bit, since a product with the block size can pass 2^31.
 __device__ __forceinline__ int64_t global_thread() {
     return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -79,37 +79,34 @@ template <Gelu Kind, int N> __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <Gelu Kind, int N> void run_forward(Stream stream, real* out, const real* inp, int64_t n) {
-    launch(forward<Kind, N>, blocks_for(n, kThreads * N), kThreads, 0, stream, out, inp, n);
-}
-template <Gelu Kind, int N> void run_backward(Stream stream, real* dinp, const real* dout, const real* inp, int64_t n) {
-    launch(backward<Kind, N>, blocks_for(n, kThreads * N), kThreads, 0, stream, dinp, dout, inp, n);
+// run(form, width): constants for the form and for how many neighbours a thread takes.
+template <class Run> void with_kernel(Gelu kind, bool wide, Run run) {
+    auto with_width = [&](auto form) {
+        if (wide)
+            run(form, std::integral_constant<int, Pack128<real>::size>());
+        else
+            run(form, std::integral_constant<int, 1>());
+    };
+    if (kind == Gelu::tanh)
+        with_width(std::integral_constant<Gelu, Gelu::tanh>());
+    else if (kind == Gelu::erf)
+        with_width(std::integral_constant<Gelu, Gelu::erf>());
+    else
+        with_width(std::integral_constant<Gelu, Gelu::none>());
 }
 
 } // namespace
 
 void gelu_forward(Stream stream, real* out, const real* inp, int64_t n, Gelu kind) {
     if (n == 0) return;
-    constexpr int N = Pack128<real>::size;
-    bool wide = aligned(out) && aligned(inp);
-    auto run = [&](auto narrow_form, auto wide_form) { (wide ? wide_form : narrow_form)(stream, out, inp, n); };
-    if (kind == Gelu::tanh)
-        run(run_forward<Gelu::tanh, 1>, run_forward<Gelu::tanh, N>);
-    else if (kind == Gelu::erf)
-        run(run_forward<Gelu::erf, 1>, run_forward<Gelu::erf, N>);
-    else
-        run(run_forward<Gelu::none, 1>, run_forward<Gelu::none, N>);
+    with_kernel(kind, aligned(out) && aligned(inp), [&](auto form, auto width) {
+        launch(forward<form(), width()>, blocks_for(n, kThreads * width()), kThreads, 0, stream, out, inp, n);
+    });
 }
 
 void gelu_backward(Stream stream, real* dinp, const real* dout, const real* inp, int64_t n, Gelu kind) {
     if (n == 0) return;
-    constexpr int N = Pack128<real>::size;
-    bool wide = aligned(dinp) && aligned(dout) && aligned(inp);
-    auto run = [&](auto narrow_form, auto wide_form) { (wide ? wide_form : narrow_form)(stream, dinp, dout, inp, n); };
-    if (kind == Gelu::tanh)
-        run(run_backward<Gelu::tanh, 1>, run_backward<Gelu::tanh, N>);
-    else if (kind == Gelu::erf)
-        run(run_backward<Gelu::erf, 1>, run_backward<Gelu::erf, N>);
-    else
-        run(run_backward<Gelu::none, 1>, run_backward<Gelu::none, N>);
+    with_kernel(kind, aligned(dinp) && aligned(dout) && aligned(inp), [&](auto form, auto width) {
+        launch(backward<form(), width()>, blocks_for(n, kThreads * width()), kThreads, 0, stream, dinp, dout, inp, n);
+    });
 }

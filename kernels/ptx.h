@@ -251,11 +251,3 @@ __device__ __forceinline__ void reduce_add(float* p, float4 x) {
     reduce_add(p, x.x), reduce_add(p + 1, x.y), reduce_add(p + 2, x.z), reduce_add(p + 3, x.w);
 #endif
 }
-// Asks for a line to be brought into L2; any address is allowed.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-#ifdef LONGHAND_SIMT
-    static_cast<void>(p);
-#else
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
-#endif
-}

@@ -57,7 +57,7 @@ const char* advice(int error) {
 
 std::string with_reason(const std::string& what, int error) {
     std::string said = what + ": " + std::strerror(error);
-    if (const char* todo = advice(error)) said += std::string("; ") + todo;
+    if (const char* remedy = advice(error)) said += std::string("; ") + remedy;
     return said;
 }
 

@@ -37,7 +37,7 @@ using Member = std::variant<std::monostate, std::string Options::*, bool Options
 struct Row {
     const char* group = "";
     const char* name = "";
-    const char* value = ""; // placeholder in --help; empty for a flag
+    const char* value = ""; // what --help calls the value; empty for a flag
     const char* help = "";
     Member member = {}; // none: --config and --help, which parse_options handles itself
     Scope scope = Scope::fixed;

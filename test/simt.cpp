@@ -441,7 +441,7 @@ __global__ void access_kinds(char* p, const char* in, int kind) {
         reduce_add(reinterpret_cast<float*>(p), make_float4(1, 1, 1, 1));
         break;
     case 11:
-        store128_stream(p, load128(in));
+        store128(p, load128(in));
         break;
     }
 }
