@@ -1,0 +1,48 @@
+// Rotary position embedding (Su et al. 2021) in GPT-NeoX's form, on the first `dims` dimensions of each head of q and k,
+// fused with the bias of the QKV product before it and the split into heads; backward, with their gathering.
+//
+//   (x1, x2) = the two halves of the first dims of (qkv + bias)'s row of one token and head        θ = p · ω_i
+//   y1_i = f·(x1_i·cos θ − x2_i·sin θ)        y2_i = f·(x2_i·cos θ + x1_i·sin θ)        i < dims/2
+//   p(b,t) = positions ? positions[b,t] : position0 + t
+//
+// All other dimensions, and all of v, are qkv + bias. f is 1 but for YaRN (runtime/rope.h), which also chooses ω.
+//
+// Angles are kept in turns, as 64-bit fractions: p·turns wraps around where the turns are whole, so the product is its own
+// exact range reduction. The error is |p|·2^-65 turns, 2e-10 radians at p = 2^30; a float angle is 8 radians off there.
+#pragma once
+#include "attention.h"
+#include "types.h"
+
+constexpr int64_t kMostRotaryPairs = 128; // all of D = 256
+
+struct Rotary {
+    int64_t dims = 0;                      // even, at most D; 0: nothing is rotated
+    float factor = 1;                      // f
+    uint64_t turns[kMostRotaryPairs] = {}; // (dims/2) round(ω_i / 2π · 2^64)
+};
+
+struct RotaryShape {
+    int64_t B, T, H, D;
+    int64_t position0 = 0;              // position of t = 0, for decoding with a KV cache and for parts of a ring
+    const int32_t* positions = nullptr; // (B,T) or null; restarts at document boundaries need it
+};
+
+// q, k, v (B,T,H,D) `=`. qkv (B,T,H,3,D): of each head its query, key and value. bias (H,3,D) or null.
+// q, k and v may be qkv itself, each row in its own place; no other aliasing.
+void rotary_forward(Stream stream, Heads<real> q, Heads<real> k, Heads<real> v, const real* qkv, const real* bias,
+                    const Rotary& rotary, const RotaryShape& shape);
+
+// dqkv (B,T,H,3,D) `=`, the gradient of qkv and, summed over tokens, of bias (matmul_backward_weight does that).
+// dq, dk, dv (B,T,H,D); they may be dqkv itself, each row in its own place; no other aliasing.
+void rotary_backward(Stream stream, real* dqkv, Heads<const real> dq, Heads<const real> dk, Heads<const real> dv,
+                     const Rotary& rotary, const RotaryShape& shape);
+
+// FLOPs count a sine with its cosine as twenty; they are computed once a token, not once a head.
+inline Cost rotary_forward_cost(const RotaryShape& s, int64_t dims) {
+    double n = double(s.B) * s.T, values = n * 3 * s.H * s.D;
+    return {values * sizeof(real), values * sizeof(real), values + n * (2.0 * s.H * dims * 3 + 10.0 * dims)};
+}
+inline Cost rotary_backward_cost(const RotaryShape& s, int64_t dims) {
+    double n = double(s.B) * s.T, values = n * 3 * s.H * s.D;
+    return {values * sizeof(real), values * sizeof(real), n * (2.0 * s.H * dims * 3 + 10.0 * dims)};
+}
