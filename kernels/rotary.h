@@ -1,5 +1,5 @@
-// Rotary position embedding (Su et al. 2021) in GPT-NeoX's form, on the first `dims` dimensions of each head of q and k,
-// fused with the bias of the QKV product before it and the split into heads; backward, with their gathering.
+// Rotary position embedding (Su et al. 2021) in GPT-NeoX's form, on the first `dims` dimensions of each head of q and
+// k, fused with the bias of the QKV product before it and the split into heads; backward, with their gathering.
 //
 //   (x1, x2) = the two halves of the first dims of (qkv + bias)'s row of one token and head        θ = p · ω_i
 //   y1_i = f·(x1_i·cos θ − x2_i·sin θ)        y2_i = f·(x2_i·cos θ + x1_i·sin θ)        i < dims/2
@@ -7,8 +7,9 @@
 //
 // All other dimensions, and all of v, are qkv + bias. f is 1 but for YaRN (runtime/rope.h), which also chooses ω.
 //
-// Angles are kept in turns, as 64-bit fractions: p·turns wraps around where the turns are whole, so the product is its own
-// exact range reduction. The error is |p|·2^-65 turns, 2e-10 radians at p = 2^30; a float angle is 8 radians off there.
+// Angles are kept in turns, as 64-bit fractions: p·turns wraps around where the turns are whole, so the product is its
+// own exact range reduction. The error is |p|·2^-65 turns, 2e-10 radians at p = 2^30; a float angle is 8 radians off
+// there.
 #pragma once
 #include "attention.h"
 #include "types.h"
