@@ -369,10 +369,10 @@ void run_gpt2(int argc, char** argv) {
     if (!T) T = std::max(config.maxT, config.tied);
     Device device(options.threads);
     Gpt2 model(device, config, options.batch, T, options.eval.empty());
-    if (file)
-        model.read_file(*file, type, from, options);
-    else
+    if (!file)
         model.init_weights(options.seed);
+    else
+        model.read_file(*file, type, from, options);
     file.reset();
     run(options, device, model, start);
 }
