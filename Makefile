@@ -19,7 +19,7 @@ CXXFLAGS ?= -O3 -march=native
 LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-contract=fast -fno-math-errno -MMD -MP $(DEPS:%=-I%)
 LIBS = -ldnnl -fopenmp
 
-LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
+LAYERS = embedding layernorm rotary matmul attention gelu classifier global_norm adamw
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
