@@ -53,8 +53,8 @@ template <int N, int kPacks, int kPairs> __global__ void __launch_bounds__(N == 
     const int64_t b = blockIdx.x / a.blocks, first_token = int64_t(blockIdx.x % a.blocks) * a.tokens;
     const int units = a.half / kPairs; // of a row, that are rotated
 
-    // angles (tokens,2,kPairs,units): neighbouring units are read by neighbouring threads. Pair i is unit i / kPairs's,
-    // at i % kPairs, but that a lone unit of packs that touch has them in order.
+    // angles (tokens,kPairs,units): cosine and sine of each pair, those of neighbouring units beside each other, since
+    // neighbouring threads read them.
     float* angles = reinterpret_cast<float*>(dynamic_shared());
     const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
     for (int i = thread; i < a.tokens * a.half; i += blockDim.x * blockDim.y * blockDim.z) {
@@ -63,9 +63,8 @@ template <int N, int kPacks, int kPairs> __global__ void __launch_bounds__(N == 
         if (t >= a.T) break;
         const int64_t p = a.positions ? load_global(a.positions + b * a.T + t) : a.position0 + t;
         const CosSin angle = cos_sin_of_turns(rotary_angle(rotary, p, pair));
-        float* at = angles + 2 * token * a.half + place;
-        store_shared(at, rotary.factor * angle.cos);
-        store_shared(at + a.half, rotary.factor * a.sign * angle.sin);
+        const Pack<float, 2> scaled = {rotary.factor * angle.cos, rotary.factor * a.sign * angle.sin};
+        store_pack_shared(angles + 2 * i, scaled);
     }
     __syncthreads();
 
@@ -77,14 +76,7 @@ template <int N, int kPacks, int kPairs> __global__ void __launch_bounds__(N == 
     const int64_t t = first_token + threadIdx.z;
     if (t >= a.T || !(rotated || a.copied[s])) return;
 
-    float cos[kPairs], sin[kPairs];
-    if (rotated) {
-        const float* at = angles + 2 * threadIdx.z * a.half + column;
-#pragma unroll
-        for (int i = 0; i < kPairs; i++)
-            cos[i] = load_shared(at + i * units), sin[i] = load_shared(at + i * units + a.half);
-    }
-
+    const float* own = angles + 2 * (threadIdx.z * a.half + column); // (kPairs,units), of which this thread's unit
     const int d = (rotated || s == 2 ? column : column + (kPacks - 1) * units) * N;
     const int next = kPairs == N ? a.half : N; // elements from a pack of the unit to the next
     const real* in = a.in[s].row(b, t, threadIdx.y) + d;
@@ -118,9 +110,10 @@ template <int N, int kPacks, int kPairs> __global__ void __launch_bounds__(N == 
             if (rotated) {
 #pragma unroll
                 for (int i = 0; i < kPairs; i++) {
-                    const float x1 = y[i], x2 = y[i + kPairs];
-                    y[i] = x1 * cos[i] - x2 * sin[i];
-                    y[i + kPairs] = x2 * cos[i] + x1 * sin[i];
+                    const Pack<float, 2> angle = load_pack_shared<2>(own + 2 * i * units);
+                    const float cos = angle[0], sin = angle[1], x1 = y[i], x2 = y[i + kPairs];
+                    y[i] = x1 * cos - x2 * sin;
+                    y[i + kPairs] = x2 * cos + x1 * sin;
                 }
             }
 #pragma unroll
