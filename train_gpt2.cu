@@ -52,18 +52,18 @@ Gpt2Config config_from_options(const Options& options) {
 
 // The model that goes on from `file` at context T: with a longer position table, or with positions that repeat.
 Gpt2Config stretch(const Gpt2Config& file, const Options& options, int64_t T, const std::string& path) {
+    if (T <= file.maxT) return file;
     Gpt2Config config = file;
     const std::string& positions = options.positions;
-    if (positions.empty() && file.tied) config.tied = T;
-    if (T <= file.maxT || config.tied) return config;
+    if (positions == "tied" || (positions.empty() && file.tied)) {
+        config.tied = T;
+        return config;
+    }
     if (positions.empty())
         throw BadInput("--context " + std::to_string(T) + " is longer than the position table of " + path + ", " +
                        std::to_string(file.maxT) +
-                       " rows; choose how it grows: --positions tile, tied, interpolate or fresh");
-    if (positions == "tied")
-        config.tied = T;
-    else
-        config.maxT = T, config.tied = 0;
+                       " rows; say how it is to grow: --positions tile, tied, interpolate or fresh");
+    config.maxT = T, config.tied = 0;
     return config;
 }
 
