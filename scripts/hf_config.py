@@ -66,8 +66,8 @@ class Config:
         return value
 
     def real(self, where: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self.refuse(where, f"is {value!r}, not a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+            self.refuse(where, f"is {value!r}, not a number of usable size")
         return float(value)
 
     def one(self, what: str, places: dict[str, Any], default: Any) -> Any:
@@ -107,7 +107,10 @@ def rope_of(config: Config, header: Header):
     base = one("the rotary base", "rope_theta", top=("rotary_emb_base", "rope_theta"), default=10000.0)
     header.base = config.real("the rotary base", base)
     share = one("the rotated share", "partial_rotary_factor", top=("rotary_pct", "partial_rotary_factor"), default=0.25)
-    header.dims = int(D * config.real("the rotated share", share))
+    share = config.real("the rotated share", share)
+    if not 0 <= share <= 1:
+        config.refuse("the rotated share", f"is {share:g}, not from 0 to 1")
+    header.dims = int(D * share)  # as transformers does
     if kind != "default":
         factor = one("the rope factor", "factor")
         if factor is None:
@@ -136,14 +139,8 @@ def rotation(header: Header) -> tuple:
     """Equal for two headers if they rotate alike in transformers."""
     mode = MODES[header.mode]
     if mode in ("none", "ntk"):
-        return "default", stretched_base(header)
+        return "default", header.stretched_base()
     return mode, header.base, header.scale, header.original if mode != "linear" else 0
-
-
-def stretched_base(header: Header) -> float:
-    if MODES[header.mode] != "ntk":
-        return header.base
-    return header.base * header.scale ** (header.dims / (header.dims - 2))
 
 
 def with_note(config: Config, header: Header) -> Header:
@@ -167,7 +164,7 @@ def header_of(values: dict[str, Any], dtype: str, path: str) -> Header:
     """The header of the weights file that a config.json describes; InputError for what the trainer does not compute."""
     config = Config(values, path)
     family = values.get("model_type")
-    if family not in FIXED:
+    if not isinstance(family, str) or family not in FIXED:
         config.refuse("model_type", f"is {family!r}; {GPT2} and {NEOX} are known")
     for key, value, absent in FIXED[family]:
         if values.get(key, absent) != value or isinstance(values.get(key, absent), bool) != isinstance(value, bool):
@@ -244,9 +241,7 @@ def config_of(header: Header, context: int, eot: Optional[int], path: str) -> di
             f"{path}: its yarn has the temperature on the softmax (header [12] = 1); transformers can only put it on "
             "the rotated dimensions, so an exported model would compute something else"
         )
-    share, base = rotary_share(header.dims, header.C // header.H), stretched_base(header)
-    if not math.isfinite(base):
-        raise InputError(f"{path}: ntk's stretched base is not finite")
+    share, base = rotary_share(header.dims, header.C // header.H), header.stretched_base()
     kind = "default" if mode in ("none", "ntk") else mode
     scaling: dict[str, Any] = {}
     if kind != "default":  # 4.36 wants exactly these two keys, and the factor as a float

@@ -91,6 +91,15 @@ class Header:
         """As the model has them, without the padding of the token tables."""
         return sum(math.prod(part.hf_shape if part.padded else part.shape) for part in self.parts())
 
+    def stretched_base(self) -> float:
+        """The rotary base that transformers' plain rotation needs to turn as ntk does; Inf where it is too large."""
+        if MODES[self.mode] != "ntk":
+            return self.base
+        try:
+            return self.base * self.scale ** (self.dims / (self.dims - 2))
+        except OverflowError:
+            return math.inf
+
     def bytes(self) -> int:
         return HEADER_BYTES + ITEM_BYTES[self.dtype] * sum(part.count() for part in self.parts())
 
@@ -172,6 +181,8 @@ def check(header: Header, where: str):
             raise InputError(f"{where}: the flag {name} is {getattr(header, name)}, neither 0 nor 1")
     if MODES[header.mode] in ("ntk", "dynamic") and header.dims == 2:
         raise InputError(f"{where}: rope {MODES[header.mode]} has no exponent d/(d-2) for 2 rotated dimensions")
+    if header.stretched_base() == math.inf:
+        raise InputError(f"{where}: ntk's stretched base is not finite")
     if MODES[header.mode] == "yarn" and header.base == 1:
         raise InputError(f"{where}: rope yarn needs a base above 1")
 
