@@ -37,7 +37,8 @@ const Family kGpt2Family = {
     "train_gpt2",
     "GPT-2",
     "Trains GPT-2 from scratch or from an llm.c weights file, on pre-tokenised shards.",
-    {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}, {"774M", {36, 1280, 20}}, {"1558M", {48, 1600, 25}}}};
+    {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}, {"774M", {36, 1280, 20}}, {"1558M", {48, 1600, 25}}},
+    false};
 
 Gpt2Config config_from_options(const Options& options) {
     ModelSize size = find_model_size(options.model, kGpt2Family);
