@@ -1,4 +1,4 @@
-# `make` builds the trainer for this machine; `make demo` and `make test` are the two commands of the README.
+# `make` builds both trainers for this machine; `make demo` and `make test` are the two commands of the README.
 # Objects of each build land in build/NAME/, so that builds never mix.
 
 CXX ?= g++
@@ -19,7 +19,8 @@ CXXFLAGS ?= -O3 -march=native
 LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-contract=fast -fno-math-errno -MMD -MP $(DEPS:%=-I%)
 LIBS = -ldnnl -fopenmp
 
-LAYERS = embedding layernorm matmul attention gelu classifier global_norm adamw
+TRAINERS = train_gpt2 train_pythia
+LAYERS = embedding layernorm matmul rotary attention gelu classifier global_norm adamw
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
@@ -39,12 +40,12 @@ GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/
 BEST_BUILD = $(if $(and $(NVCC),$(GPU_ARCH)),$(CUDA_BUILD),$(CPU_BUILD))
 
 .PHONY: all cpu cuda simt demo test test-cpu test-simt test-cuda test-python test-long bench simt-profile lint format clean
-all: build/$(BEST_BUILD)/train_gpt2
-	@ln -sf $< train_gpt2
+all: $(TRAINERS:%=build/$(BEST_BUILD)/%)
+	@ln -sf $^ .
 
-cpu: build/$(CPU_BUILD)/train_gpt2
-simt: build/$(SIMT_BUILD)/train_gpt2
-cuda: build/$(CUDA_BUILD)/train_gpt2
+cpu: $(TRAINERS:%=build/$(CPU_BUILD)/%)
+simt: $(TRAINERS:%=build/$(SIMT_BUILD)/%)
+cuda: $(TRAINERS:%=build/$(CUDA_BUILD)/%)
 
 # One set of rules per build: its directory, its flags. $(eval) so that each build has its own pattern rules.
 define BUILD_RULES
@@ -223,4 +224,4 @@ lint:
 format:
 	clang-format -i $$(git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu')
 clean:
-	rm -rf build train_gpt2
+	rm -rf build $(TRAINERS)

@@ -15,61 +15,56 @@
 #include <cmath>
 #include <cstdio>
 
-#include "kernels/adamw.h"
 #include "kernels/attention.h"
-#include "kernels/classifier.h"
 #include "kernels/embedding.h"
 #include "kernels/gelu.h"
-#include "kernels/global_norm.h"
 #include "kernels/layernorm.h"
 #include "kernels/matmul.h"
-#include "runtime/arena.h"
-#include "runtime/device.h"
 #include "runtime/errors.h"
-#include "runtime/loop.h"
-#include "runtime/options.h"
 #include "runtime/random.h"
-#include "runtime/recording.h"
-#include "runtime/tensors.h"
+#include "runtime/transformer.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Configuration
 
-struct Gpt2Config {
-    int64_t maxT, V, Vp, L, H, C;
-    int64_t D() const { return C / H; }
+struct Gpt2Config : ModelSizes {
+    int64_t tied = 0; // context of a run whose positions repeat: p has row p mod maxT of wpe. 0: they do not
 };
 
-constexpr int64_t kGpt2Vocab = 50257;
+constexpr int64_t kGpt2Vocab = 50257, kGpt2Positions = 1024;
 
-struct NamedSize {
-    const char* name;
-    ModelSize size;
-};
-constexpr NamedSize kSizes[] = {{"124M", {12, 768, 12}},
-                                {"355M", {24, 1024, 16}},
-                                {"774M", {36, 1280, 20}},
-                                {"1558M", {48, 1600, 25}},
-                                {"tiny", {2, 128, 2}}};
-
-// Rows of wte, a multiple of 128 as in llm.c, so that the logits' matmul has no ragged edge.
-int64_t pad_vocab(int64_t V) { return (V + 127) / 128 * 128; }
+const Family kGpt2Family = {
+    "train_gpt2",
+    "GPT-2",
+    "Trains GPT-2 from scratch or from an llm.c weights file, on pre-tokenised shards.",
+    {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}, {"774M", {36, 1280, 20}}, {"1558M", {48, 1600, 25}}}};
 
 Gpt2Config config_from_options(const Options& options) {
-    ModelSize size{};
-    for (const NamedSize& named : kSizes)
-        if (options.model == named.name) size = named.size;
-    if (!size.L) size = parse_model_size(options.model);
-    int64_t V = choose_vocab(options, kGpt2Vocab);
-    return {options.context ? options.context : 1024, V, pad_vocab(V), size.L, size.H, size.C};
+    ModelSize size = find_model_size(options.model, kGpt2Family);
+    int64_t V = choose_vocab(options, kGpt2Vocab), T = options.context ? options.context : kGpt2Positions;
+    Gpt2Config config{{T, V, pad_vocab(V), size.L, size.H, size.C}};
+    if (options.positions == "tied" && T > kGpt2Positions) config.maxT = kGpt2Positions, config.tied = T;
+    if (options.positions == "tile" || options.positions == "interpolate")
+        throw BadInput("--positions " + options.positions + " stretches trained positions: it needs --init");
+    check_sizes(config, "--model " + options.model);
+    return config;
 }
 
-void check_config(const Gpt2Config& c, const std::string& where) {
-    if (!attention_supports(c.D()))
-        throw BadInput(where + ": head dim " + std::to_string(c.D()) + " (width " + std::to_string(c.C) + " over " +
-                       std::to_string(c.H) + " heads) has no kernel; 32, 64, 80, 128 and 256 have");
-    if (c.V > 65536)
-        throw BadInput(where + ": vocabulary of " + std::to_string(c.V) + ", but shards hold 16-bit tokens");
+// The model that goes on from `file` at context T: with a longer position table, or with positions that repeat.
+Gpt2Config stretch(const Gpt2Config& file, const Options& options, int64_t T, const std::string& path) {
+    Gpt2Config config = file;
+    const std::string& positions = options.positions;
+    if (positions.empty() && file.tied) config.tied = T;
+    if (T <= file.maxT || config.tied) return config;
+    if (positions.empty())
+        throw BadInput("--context " + std::to_string(T) + " is longer than the position table of " + path + ", " +
+                       std::to_string(file.maxT) +
+                       " rows; choose how it grows: --positions tile, tied, interpolate or fresh");
+    if (positions == "tied")
+        config.tied = T;
+    else
+        config.maxT = T, config.tied = 0;
+    return config;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -80,22 +75,22 @@ enum Param { wte, wpe, ln1w, ln1b, qkvw, qkvb, attprojw, attprojb, ln2w, ln2b, f
 Tensors gpt2_tensors(const Gpt2Config& c) {
     int64_t L = c.L, C = c.C;
     Tensors t;
-    t.add("wte", c.Vp * C, true); // (Vp,C), rows >= V stay zero
-    t.add("wpe", c.maxT * C, true);
-    t.add("ln1w", L * C, false);
-    t.add("ln1b", L * C, false);
-    t.add("qkvw", L * 3 * C * C, true); // (L,3C,C)
-    t.add("qkvb", L * 3 * C, false);
-    t.add("attprojw", L * C * C, true);
-    t.add("attprojb", L * C, false);
-    t.add("ln2w", L * C, false);
-    t.add("ln2b", L * C, false);
-    t.add("fcw", L * 4 * C * C, true); // (L,4C,C)
-    t.add("fcb", L * 4 * C, false);
-    t.add("fcprojw", L * C * 4 * C, true); // (L,C,4C)
-    t.add("fcprojb", L * C, false);
-    t.add("lnfw", C, false);
-    t.add("lnfb", C, false);
+    t.add("wte", 1, c.Vp * C, true); // (Vp,C), rows >= V stay zero
+    t.add("wpe", 1, c.maxT * C, true);
+    t.add("ln1w", L, C, false);
+    t.add("ln1b", L, C, false);
+    t.add("qkvw", L, 3 * C * C, true); // (L,3C,C)
+    t.add("qkvb", L, 3 * C, false);
+    t.add("attprojw", L, C * C, true);
+    t.add("attprojb", L, C, false);
+    t.add("ln2w", L, C, false);
+    t.add("ln2b", L, C, false);
+    t.add("fcw", L, 4 * C * C, true); // (L,4C,C)
+    t.add("fcb", L, 4 * C, false);
+    t.add("fcprojw", L, C * 4 * C, true); // (L,C,4C)
+    t.add("fcprojb", L, C, false);
+    t.add("lnfw", 1, C, false);
+    t.add("lnfb", 1, C, false);
     return t;
 }
 
@@ -105,21 +100,14 @@ Tensors gpt2_tensors(const Gpt2Config& c) {
 constexpr int32_t kModelMagic = 20240326;
 
 FileType read_config(const MappedFile& file, Gpt2Config& config) {
-    Header h = read_header(file);
-    auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
-    if (h[0] != kModelMagic) refuse("not a GPT-2 weights file (magic " + std::to_string(h[0]) + ")");
-    if (h[1] != 3 && h[1] != 5) refuse("version " + std::to_string(h[1]) + "; 3 (fp32) and 5 (bf16) are read");
-    config = {h[2], h[3], h[7], h[4], h[5], h[6]};
-    const Gpt2Config& c = config;
-    for (int64_t size : {c.maxT, c.V, c.Vp, c.L, c.H, c.C})
-        if (size < 1) refuse("a size of " + std::to_string(size) + " in its header");
-    // Bounds far beyond any model, so that no product of a lying header overflows.
-    if (c.L > 10000 || c.C > 1000000 || c.Vp > 10000000) refuse("absurd sizes in its header");
-    if (c.V > c.Vp) refuse("V " + std::to_string(c.V) + " > padded V " + std::to_string(c.Vp));
-    if (c.C % c.H) refuse(std::to_string(c.H) + " heads do not divide width " + std::to_string(c.C));
-    check_config(c, file.path());
-    FileType type = h[1] == 3 ? FileType::fp32 : FileType::bf16;
-    check_weights_size(file, type, gpt2_tensors(c));
+    Header header;
+    static_cast<ModelSizes&>(config) = read_sizes(file, kModelMagic, "GPT-2", header);
+    config.tied = header[8] ? header[9] : 0;
+    if (config.tied < 0 || header[8] < 0 || header[8] > 1)
+        throw BadInput(file.path() + ": no position rule " + std::to_string(header[8]) + " of " +
+                       std::to_string(header[9]) + " tokens is known");
+    FileType type = file_type(file, header);
+    check_weights_size(file, type, gpt2_tensors(config));
     return type;
 }
 
@@ -128,83 +116,48 @@ FileType read_config(const MappedFile& file, Gpt2Config& config) {
 
 // What forward leaves for backward. Arrays are over layers; without training only qkv is, as the KV cache of sampling.
 struct Activations {
+    int32_t* positions;                         // (N) rows of wpe, where positions are tied
     real* x0;                                   // (N,C) embeddings
     real *ln1, *qkv, *atty;                     // (L,N,C), (L,N,3C), (L,N,C)
     real *x1, *ln2, *fch, *gelu, *x2;           // (L,N,C), (L,N,C), (L,N,4C), (L,N,4C), (L,N,C)
-    real *branch, *lnf;                         // (N,C) what a branch adds to the residual; (N,C)
+    real* branch;                               // (N,C) what a branch adds to the residual
     float *mean1, *rstd1, *mean2, *rstd2, *lse; // (L,N) … (L,B,H,T)
-    float *meanf, *rstdf, *losses;              // (N)
-    real* logits;                               // (K,Vp)
-    int32_t *tokens, *targets;                  // (N)
+    float *meanf, *rstdf;                       // (N)
 };
 
 struct ActivationGradients {
-    real *x, *ln, *qkv, *fch, *lnf; // (N,C), (N,C), (N,3C), (N,4C), (N,C)
+    real *x, *ln, *qkv, *fch; // (N,C), (N,C), (N,3C), (N,4C)
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.
-constexpr int64_t kClassifierChunk = 512;
-
-class Gpt2 : public Model {
+class Gpt2 : public Transformer {
 public:
     Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training);
     void init_weights(uint64_t seed);
-    void read_file(const MappedFile& file, FileType type);
-
-    void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
-    void evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
-    void clear(bool gradients) override;
-    void measure_gradients(double clip) override;
-    void update(const AdamW& options) override;
-    double loss() override;
-    double grad_norm() override;
-    void next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) override;
+    // `from` is the file's own configuration; a longer wpe than its is filled as `positions` says.
+    void read_file(const MappedFile& file, FileType type, const Gpt2Config& from, const Options& options);
 
     Cost step_cost(int64_t B) const override;
-    int64_t vocab() const override { return c_.V; }
-    int64_t context() const override { return T_; }
-    Tensors& tensors() override { return params_; }
-    uint64_t file_bytes() const override { return kHeaderBytes + weight_bytes(params_); }
-    void write_file(FileWriter& file) override;
+    const Family& family() const override { return kGpt2Family; }
     std::string describe() const override;
 
 private:
-    const Device& device_;
     Gpt2Config c_;
-    int64_t B_, T_, N_, K_; // largest batch, context, B·T, classifier chunk
-    bool training_;
-    Tensors params_;
-    Arena arena_;
     Activations a_{};
     ActivationGradients d_{};
-    Recording training_step_, evaluation_;
-    void* scratch_ = nullptr; // shared by the layers, which need it one at a time
-    double* loss_ = nullptr;
-    float *norm_ = nullptr, *scale_ = nullptr;
 
-    // Layer l's part of a parameter, of its gradient, and of an activation that has `width` elements a token.
-    real* w(Param p, int64_t l = 0) const { return params_.list[p].param + l * layer_size(p); }
-    float* dw(Param p, int64_t l = 0) const { return params_.list[p].grad + l * layer_size(p); }
-    int64_t layer_size(Param p) const {
-        bool per_layer = p != wte && p != wpe && p != lnfw && p != lnfb;
-        return per_layer ? params_.list[p].count / c_.L : 0;
-    }
-    template <class T> T* at(T* activations, int64_t l, int64_t width) const {
-        return activations + (training_ ? l : 0) * N_ * width;
-    }
     AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
-    void forward(int64_t B, int64_t start, int64_t T);
-    void backward(int64_t B);
-    void losses(int64_t N, double factor, bool gradients);
+    EmbeddingShape embedding_shape(int64_t B, int64_t start, int64_t T) const;
+    void forward(int64_t B, int64_t start, int64_t T) override;
+    void backward(int64_t B) override;
+    Header header() const override;
 };
 
 Gpt2::Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training)
-    : device_(device), c_(config), B_(B), T_(T), N_(B * T), training_(training), params_(gpt2_tensors(config)) {
+    : Transformer(device, config, gpt2_tensors(config), wte, B, T, training), c_(config) {
     int64_t C = c_.C, L = training ? c_.L : 1, N = N_, G = training ? N_ : 0;
-    K_ = std::min(N, kClassifierChunk);
-    params_.place(arena_, training);
+    arena_.place(a_.positions, c_.tied ? N : 0, "positions");
     arena_.place(a_.x0, N * C, "embeddings");
     arena_.place(a_.ln1, L * N * C, "ln1");
     arena_.place(a_.qkv, c_.L * N * 3 * C, "qkv");
@@ -219,30 +172,20 @@ Gpt2::Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T,
         arena_.place(*stats, L * N, "LayerNorm statistics");
     for (float** stats : {&a_.meanf, &a_.rstdf}) arena_.place(*stats, N, "LayerNorm statistics");
     arena_.place(a_.branch, N * C, "branch");
-    arena_.place(a_.lnf, N * C, "lnf");
-    arena_.place(a_.losses, N, "losses");
-    arena_.place(a_.logits, K_ * c_.Vp, "logits");
-    arena_.place(a_.tokens, N, "tokens");
-    arena_.place(a_.targets, N, "targets");
     arena_.place(d_.x, G * C, "gradient of the residual");
     arena_.place(d_.ln, G * C, "gradient of LayerNorm outputs");
     arena_.place(d_.qkv, G * 3 * C, "gradient of qkv");
     arena_.place(d_.fch, G * 4 * C, "gradient of fc");
-    arena_.place(d_.lnf, G * C, "gradient of lnf");
     AttentionShape shape = attention_shape(B, 0, T);
     size_t scratch = attention_forward_scratch(shape);
-    if (training) {
+    if (training)
         scratch = std::max({scratch, attention_backward_scratch(shape), layernorm_backward_scratch(N, C),
-                            global_norm_scratch(params_.padded), embedding_backward_scratch({B, T, C})});
-    }
-    char* bytes = nullptr;
-    arena_.place(bytes, scratch, "scratch");
-    arena_.place(loss_, 1, "loss");
-    arena_.place(norm_, 1, "norm");
-    arena_.place(scale_, 1, "clip scale");
-    arena_.commit();
-    scratch_ = bytes;
-    params_.link();
+                            embedding_backward_scratch(embedding_shape(B, 0, T))});
+    commit(scratch);
+    if (!c_.tied) return;
+    std::vector<int32_t> positions(N);
+    for (int64_t n = 0; n < N; n++) positions[n] = int32_t(n % T % c_.maxT);
+    upload(device, a_.positions, positions.data(), N * sizeof(int32_t));
 }
 
 // GPT-2's: normal(0.02); the two projections into the residual stream scaled down by sqrt(2L); biases 0, LayerNorm 1.
@@ -259,21 +202,50 @@ void Gpt2::init_weights(uint64_t seed) {
     }
 }
 
-void Gpt2::read_file(const MappedFile& file, FileType type) { read_weights(device_, file, type, params_); }
+// Rows of a position table that has `from` of them, for one of `to`. Interpolation maps ends to ends.
+struct Stretch {
+    const std::string& kind;
+    const std::vector<float>& table; // (from,C)
+    int64_t from, to, C;
+    uint64_t seed;
 
-void Gpt2::write_file(FileWriter& file) {
-    Header h{};
-    int64_t values[] = {kModelMagic, 3, c_.maxT, c_.V, c_.L, c_.H, c_.C, c_.Vp};
-    for (int i = 0; i < 8; i++) h[i] = static_cast<int32_t>(values[i]);
-    file.write(h.data(), kHeaderBytes);
-    write_weights(device_, file, params_);
+    float operator()(int64_t i) const {
+        int64_t row = i / C, c = i % C;
+        if (kind == "interpolate") return between(row, c);
+        if (kind == "tile" || row < from) return table[row % from * C + c];
+        return 0.02 * random_normal(seed, wpe, i);
+    }
+    float between(int64_t row, int64_t c) const {
+        double x = double(row) * double(from - 1) / double(to - 1);
+        int64_t low = int64_t(x), high = std::min(low + 1, from - 1);
+        return (low + 1 - x) * table[low * C + c] + (x - low) * table[high * C + c];
+    }
+};
+
+void Gpt2::read_file(const MappedFile& file, FileType type, const Gpt2Config& from, const Options& options) {
+    WeightsReader reader(file, type);
+    for (size_t i = 0; i < params_.list.size(); i++) {
+        if (i != wpe || from.maxT == c_.maxT) {
+            reader.read(device_, params_.list[i]);
+            continue;
+        }
+        std::vector<float> table = reader.read_floats(from.maxT * c_.C);
+        fill_weights(device_, params_.list[i],
+                     Stretch{options.positions, table, from.maxT, c_.maxT, c_.C, options.seed});
+    }
+}
+
+Header Gpt2::header() const {
+    Header header = make_header(kModelMagic, c_);
+    if (c_.tied) header[8] = 1, header[9] = int32_t(c_.tied);
+    return header;
 }
 
 std::string Gpt2::describe() const {
     char line[256];
-    snprintf(line, sizeof line, "GPT-2, %.1fM parameters: L %lld, C %lld, H %lld, V %lld, context %lld of %lld",
+    snprintf(line, sizeof line, "GPT-2, %.1fM parameters: L %lld, C %lld, H %lld, V %lld, context %lld of %lld%s",
              params_.count() / 1e6, (long long)c_.L, (long long)c_.C, (long long)c_.H, (long long)c_.V, (long long)T_,
-             (long long)c_.maxT);
+             (long long)c_.maxT, c_.tied ? " positions, repeated" : "");
     return line;
 }
 
@@ -284,15 +256,18 @@ AttentionShape Gpt2::attention_shape(int64_t B, int64_t start, int64_t T) const 
     return shape;
 }
 
-// Rows [start, start+T) of each sequence, written at the same rows of the activations, so that a sequence can be
-// continued: attention then finds the keys and values of the rows before in qkv. start > 0 needs B = 1.
+EmbeddingShape Gpt2::embedding_shape(int64_t B, int64_t start, int64_t T) const {
+    EmbeddingShape shape{B, T, c_.C};
+    shape.position0 = start;
+    if (c_.tied) shape.positions = a_.positions + start;
+    return shape;
+}
+
 void Gpt2::forward(int64_t B, int64_t start, int64_t T) {
     int64_t C = c_.C, N = B * T, S = start;
     Stream s = device_.stream;
     Matmul* mm = device_.matmul;
-    EmbeddingShape embedding{B, T, C};
-    embedding.position0 = start;
-    embedding_forward(s, a_.x0 + S * C, a_.tokens + S, w(wte), w(wpe), embedding);
+    embedding_forward(s, a_.x0 + S * C, tokens_ + S, w(wte), w(wpe), embedding_shape(B, start, T));
     layernorm_forward(s, at(a_.ln1, 0, C) + S * C, at(a_.mean1, 0, 1) + S, at(a_.rstd1, 0, 1) + S, a_.x0 + S * C,
                       w(ln1w), w(ln1b), N, C);
     const real* x = a_.x0 + S * C;
@@ -317,7 +292,7 @@ void Gpt2::forward(int64_t B, int64_t start, int64_t T) {
         matmul_forward(mm, a_.branch, nullptr, gelu, w(fcprojw, l), w(fcprojb, l), N, 4 * C, C);
         // The LayerNorm that follows the block: the next block's first, or the last one.
         bool last = l + 1 == c_.L;
-        real* next = (last ? a_.lnf : at(a_.ln1, l + 1, C)) + S * C;
+        real* next = (last ? lnf_ : at(a_.ln1, l + 1, C)) + S * C;
         float* mean = (last ? a_.meanf : at(a_.mean1, l + 1, 1)) + S;
         float* rstd = (last ? a_.rstdf : at(a_.rstd1, l + 1, 1)) + S;
         residual_layernorm_forward(s, x2, next, mean, rstd, x1, a_.branch, last ? w(lnfw) : w(ln1w, l + 1),
@@ -326,31 +301,12 @@ void Gpt2::forward(int64_t B, int64_t start, int64_t T) {
     }
 }
 
-// Logits and losses of N tokens, a chunk at a time, so that no more than a chunk of logits exists. With gradients also
-// their part of wte's gradient, and that of lnf's output.
-void Gpt2::losses(int64_t N, double factor, bool gradients) {
-    int64_t C = c_.C, Vp = c_.Vp;
-    for (int64_t n = 0; n < N; n += K_) {
-        int64_t K = std::min(K_, N - n);
-        matmul_forward(device_.matmul, a_.logits, nullptr, a_.lnf + n * C, w(wte), nullptr, K, C, Vp);
-        if (!gradients) {
-            classifier_forward(device_.stream, a_.losses + n, a_.logits, a_.targets + n, K, c_.V, Vp);
-            continue;
-        }
-        classifier_forward_backward(device_.stream, a_.losses + n, a_.logits, a_.targets + n, float(factor), K, c_.V,
-                                    Vp);
-        matmul_backward_weight(device_.matmul, dw(wte), nullptr, a_.logits, a_.lnf + n * C, K, C, Vp);
-        matmul_backward_input(device_.matmul, d_.lnf + n * C, a_.logits, w(wte), nullptr, K, C, Vp);
-    }
-    classifier_add_losses(device_.stream, loss_, a_.losses, factor, N);
-}
-
 void Gpt2::backward(int64_t B) {
     int64_t C = c_.C, T = T_, N = B * T, D = c_.D();
     Stream s = device_.stream;
     Matmul* mm = device_.matmul;
     fill_zero(device_, d_.x, N * C * sizeof(real));
-    layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), d_.lnf, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
+    layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), dlnf_, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
                        scratch_, N, C);
     for (int64_t l = c_.L - 1; l >= 0; l--) {
         const real* x = l ? at(a_.x2, l - 1, C) : a_.x0; // the block's input
@@ -375,66 +331,7 @@ void Gpt2::backward(int64_t B) {
         layernorm_backward(s, d_.x, dw(ln1w, l), dw(ln1b, l), d_.ln, x, w(ln1w, l), at(a_.mean1, l, 1),
                            at(a_.rstd1, l, 1), scratch_, N, C);
     }
-    embedding_backward(s, dw(wte), dw(wpe), d_.x, a_.tokens, scratch_, {B, T, C});
-}
-
-void Gpt2::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
-    upload(device_, a_.tokens, tokens, B * T_ * sizeof(int32_t));
-    upload(device_, a_.targets, targets, B * T_ * sizeof(int32_t));
-    training_step_.run(device_, {double(B), factor}, [&] {
-        forward(B, 0, T_);
-        losses(B * T_, factor, true);
-        backward(B);
-    });
-}
-
-void Gpt2::evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
-    upload(device_, a_.tokens, tokens, B * T_ * sizeof(int32_t));
-    upload(device_, a_.targets, targets, B * T_ * sizeof(int32_t));
-    evaluation_.run(device_, {double(B), factor}, [&] {
-        forward(B, 0, T_);
-        losses(B * T_, factor, false);
-    });
-}
-
-void Gpt2::next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) {
-    upload(device_, a_.tokens + start, tokens, n * sizeof(int32_t));
-    forward(1, start, n);
-    matmul_forward(device_.matmul, a_.logits, nullptr, a_.lnf + (start + n - 1) * c_.C, w(wte), nullptr, 1, c_.C,
-                   c_.Vp);
-    std::vector<real> row(c_.V);
-    download(device_, row.data(), a_.logits, c_.V * sizeof(real));
-    for (int64_t v = 0; v < c_.V; v++) logits[v] = to_float(row[v]);
-}
-
-void Gpt2::clear(bool gradients) {
-    fill_zero(device_, loss_, sizeof(double));
-    if (gradients) fill_zero(device_, params_.grads, params_.padded * sizeof(float));
-}
-
-void Gpt2::measure_gradients(double clip) {
-    global_norm(device_.stream, norm_, params_.grads, scratch_, params_.padded);
-    clip_scale(device_.stream, scale_, norm_, loss_, float(clip));
-}
-
-void Gpt2::update(const AdamW& options) {
-    for (const Tensor& t : params_.list) {
-        AdamW o = options;
-        if (!t.decay) o.weight_decay = 0;
-        adamw_update(device_.stream, t.param, t.master, t.m, t.v, t.grad, scale_, t.count, o);
-    }
-}
-
-double Gpt2::loss() {
-    double loss;
-    download(device_, &loss, loss_, sizeof loss);
-    return loss;
-}
-
-double Gpt2::grad_norm() {
-    float norm;
-    download(device_, &norm, norm_, sizeof norm);
-    return norm;
+    embedding_backward(s, dw(wte), dw(wpe), d_.x, tokens_, scratch_, embedding_shape(B, 0, T));
 }
 
 Cost Gpt2::step_cost(int64_t B) const {
@@ -448,47 +345,36 @@ Cost Gpt2::step_cost(int64_t B) const {
     Cost block = linear(C, 3 * C) + linear(C, C) + linear(C, 4 * C) + linear(4 * C, C) + attention_forward_cost(shape) +
                  attention_backward_cost(shape) + 2 * norms + gelu_forward_cost(N * 4 * C) +
                  gelu_backward_cost(N * 4 * C);
-    EmbeddingShape embedding{B, T_, C};
-    return c_.L * block + norms + linear(C, c_.Vp) + classifier_forward_backward_cost(N, c_.V, c_.Vp) +
-           embedding_forward_cost(embedding, true) + embedding_backward_cost(embedding, true);
+    EmbeddingShape embedding = embedding_shape(B, 0, T_);
+    return c_.L * block + norms + unembedding_cost(N) + embedding_forward_cost(embedding, true) +
+           embedding_backward_cost(embedding, true);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-const Family kGpt2Family = {"train_gpt2",
-                            "Trains GPT-2 from scratch or from an llm.c weights file, on pre-tokenised shards.",
-                            {"124M", "355M", "774M", "1558M"}};
-
 void run_gpt2(int argc, char** argv) {
     Options options = parse_options(argc, argv, kGpt2Family);
     Start start = find_start(options);
-    Gpt2Config config;
+    Gpt2Config config, from; // the model's, its weights file's
     std::optional<MappedFile> file;
     FileType type = FileType::fp32;
+    int64_t T = options.context;
     if (start.weights.empty()) {
         config = config_from_options(options);
-        check_config(config, "--model " + options.model);
     } else {
-        type = read_config(file.emplace(start.weights), config);
-        if (options.vocab && options.vocab != config.V)
-            throw BadInput("--vocab " + std::to_string(options.vocab) + ", but " + start.weights + " has " +
-                           std::to_string(config.V));
+        type = read_config(file.emplace(start.weights), from);
+        check_vocab(options, from.V, start.weights);
+        config = stretch(from, options, T ? T : std::max(from.maxT, from.tied), start.weights);
     }
-    int64_t T = options.context ? options.context : config.maxT;
-    if (T > config.maxT)
-        throw BadInput("--context " + std::to_string(T) + " is longer than the position table of " + start.weights +
-                       ", " + std::to_string(config.maxT));
+    if (!T) T = std::max(config.maxT, config.tied);
     Device device(options.threads);
     Gpt2 model(device, config, options.batch, T, options.eval.empty());
-    if (file)
-        model.read_file(*file, type);
-    else
+    if (!file)
         model.init_weights(options.seed);
-    file.reset();
-    if (options.eval.empty())
-        train(options, device, model, start);
     else
-        evaluate(options, model);
+        model.read_file(*file, type, from, options);
+    file.reset();
+    run(options, device, model, start);
 }
 
 int main(int argc, char** argv) {

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_LAYERS = {"device", "ptx", "types", "launch", "common", "math"}
 MAX_LINES = 600
 MAX_TRAINER_LINES = 1200
+SHARED_LINES = 6
 IN_TRAINERS = re.compile(r"__global__|<<<|\bcuda[A-Z_]\w*|^\s*#\s*(if|ifdef|ifndef|elif)\b", re.MULTILINE)
 COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
@@ -75,6 +76,25 @@ def check_text(complain):
             complain(f"{name}: trailing white space")
 
 
+def own_lines(path):
+    """A trainer's lines that are not the model itself: without its lists of tensors and arrays and the two passes."""
+    text = re.sub(r"^void \w+::(forward|backward)\(.*?^}", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not re.match(r"//|#include|t\.add\(|arena_\.place\(", line)]
+
+
+def check_trainers(complain):
+    """What two trainers share stands in runtime/: no six lines of one are in the other."""
+    blocks = {}
+    for path in tracked("train_*.cu"):
+        lines = own_lines(path)
+        for i in range(len(lines) - SHARED_LINES + 1):
+            block = tuple(lines[i : i + SHARED_LINES])
+            other = blocks.setdefault(block, path)
+            if other != path:
+                complain(f"{path.name}: six lines from {other.name} from {block[0]!r} on; share them in runtime/")
+
+
 def check_python(complain):
     for path in tracked("*.py"):
         try:
@@ -86,16 +106,16 @@ def check_python(complain):
 def check_help(complain):
     """README names no option that the trainers lack."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    table = (ROOT / "runtime" / "options.cpp").read_text(encoding="utf-8")
+    table = (ROOT / "runtime" / "option_table.cpp").read_text(encoding="utf-8")
     for option in sorted(set(re.findall(r"train_\w+ [^`\n]*", readme))):
         for name in re.findall(r"--([a-z][a-z-]+)", option):
-            if f'"{name}"' not in table and name not in ("help", "config"):
+            if f'"{name}"' not in table:
                 complain(f"README.md: --{name} is no option of the trainers")
 
 
 def main():
     problems = []
-    for check in (check_format, check_layers, check_text, check_python, check_help):
+    for check in (check_format, check_layers, check_text, check_trainers, check_python, check_help):
         check(problems.append)
     for problem in problems:
         print(problem)

@@ -182,6 +182,23 @@ void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const rea
     if (pre) gelu_forward(nullptr, out, pre, N * OC, kind);
 }
 
+void matmul_forward_add(Matmul* mm, real* out, const real* inp, const real* w, const real* bias, int64_t N, int64_t C,
+                        int64_t OC) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_forward_add: a negative N, or C or OC below 1");
+    if (N == 0) return;
+    Product p{.M = N,
+              .K = C,
+              .N = OC,
+              .a_transposed = false,
+              .b_transposed = true,
+              .bias = bias != nullptr,
+              .accumulate = true,
+              .gelu = Gelu::none,
+              .type = kReal,
+              .threads = omp_get_max_threads()};
+    mm->run(out, inp, w, bias, p);
+}
+
 void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
                            int64_t C, int64_t OC, Gelu kind) {
     require(N >= 0 && C > 0 && OC > 0, "matmul_backward_input: a negative N, or C or OC below 1");

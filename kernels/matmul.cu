@@ -203,10 +203,14 @@ void sum_columns(Stream stream, float* sums, const T* m, int64_t rows, int64_t c
 // ---- The bias where the library does not add it ----
 constexpr int kFillThreads = 256;
 
-// out (N,OC) = bias (OC) in each row, for a product that is then added to it and so still rounded once.
-__global__ void __launch_bounds__(kFillThreads) fill_rows(real* out, const real* bias, int64_t n, int64_t OC) {
+// out (N,OC) = bias (OC) in each row, for a product that is then added to it and so still rounded once; += with Add.
+template <bool Add> __global__ void __launch_bounds__(kFillThreads)
+    fill_rows(real* out, const real* bias, int64_t n, int64_t OC) {
     int64_t i = global_thread();
-    if (i < n) store_global(out + i, load_global(bias + i % OC));
+    if (i >= n) return;
+    real value = load_global(bias + i % OC);
+    if constexpr (Add) assign(value, to_float(load_global(out + i)) + to_float(value));
+    store_global(out + i, value);
 }
 
 } // namespace
@@ -303,12 +307,28 @@ void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const rea
     bool added = fuse_bias && mm->attempt(p, {.d = sum, .a = w, .b = inp, .bias = bias}) == CUBLAS_STATUS_SUCCESS;
     if (!added) {
         if (bias)
-            launch(fill_rows, blocks_for(N * OC, kFillThreads), kFillThreads, 0, mm->stream, sum, bias, N * OC, OC);
+            launch(fill_rows<false>, blocks_for(N * OC, kFillThreads), kFillThreads, 0, mm->stream, sum, bias, N * OC,
+                   OC);
         p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
         p.accumulate = bias != nullptr;
         mm->run(p, {.d = sum, .a = w, .b = inp});
     }
     if (kind != Gelu::none) gelu_forward(mm->stream, out, sum, N * OC, kind);
+}
+
+void matmul_forward_add(Matmul* mm, real* out, const real* inp, const real* w, const real* bias, int64_t N, int64_t C,
+                        int64_t OC) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_forward_add: a negative N, or C or OC below 1");
+    if (N == 0) return;
+    Product p{.M = OC, .N = N, .K = C, .a_transposed = true, .accumulate = true};
+    if (bias && C > 1 && OC > 1) {
+        p.epilogue = CUBLASLT_EPILOGUE_BIAS;
+        if (mm->attempt(p, {.d = out, .a = w, .b = inp, .bias = bias}) == CUBLAS_STATUS_SUCCESS) return;
+        p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    }
+    if (bias)
+        launch(fill_rows<true>, blocks_for(N * OC, kFillThreads), kFillThreads, 0, mm->stream, out, bias, N * OC, OC);
+    mm->run(p, {.d = out, .a = w, .b = inp});
 }
 
 void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,

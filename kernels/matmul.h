@@ -22,6 +22,10 @@ void matmul_close(Matmul* mm);
 void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const real* w, const real* bias, int64_t N,
                     int64_t C, int64_t OC, Gelu kind = Gelu::none);
 
+// out (N,OC) `+=` inp · wᵀ + bias, the branch of a parallel block beside the one that out holds. Else as above.
+void matmul_forward_add(Matmul* mm, real* out, const real* inp, const real* w, const real* bias, int64_t N, int64_t C,
+                        int64_t OC);
+
 // dinp (N,C) `=`. dout (N,OC), w (OC,C), pre (N,C) or null when kind == none. No aliasing.
 void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
                            int64_t C, int64_t OC, Gelu kind = Gelu::none);

@@ -28,6 +28,12 @@ struct RotaryShape {
     const int32_t* positions = nullptr; // (B,T) or null; restarts at document boundaries need it
 };
 
+// The queries (s = 0), keys (1) or values (2) within qkv (B,T,H,3,D).
+template <class T> Heads<T> rotary_part(T* qkv, int s, const RotaryShape& shape) {
+    const int64_t head = 3 * shape.D, token = shape.H * head;
+    return {qkv + s * shape.D, shape.T * token, token, head};
+}
+
 // q, k, v (B,T,H,D) `=`. qkv (B,T,H,3,D): of each head its query, key and value. bias (H,3,D) or null.
 // q, k and v may be qkv itself, each row in its own place; no other aliasing.
 void rotary_forward(Stream stream, Heads<real> q, Heads<real> k, Heads<real> v, const real* qkv, const real* bias,
@@ -46,4 +52,28 @@ inline Cost rotary_forward_cost(const RotaryShape& s, int64_t dims) {
 inline Cost rotary_backward_cost(const RotaryShape& s, int64_t dims) {
     double n = double(s.B) * s.T, values = n * 3 * s.H * s.D;
     return {values * sizeof(real), values * sizeof(real), n * (2.0 * s.H * dims * 3 + 10.0 * dims)};
+}
+
+// ---- What the backends share ----
+
+struct CosSin {
+    float cos, sin;
+};
+
+// cos and sin of an angle in 64-bit turns, each within 1e-7: the nearest quarter of a turn is taken off in integers,
+// and the rest, at most π/4 either way, goes through Cephes' polynomials (sinf, cosf).
+LONGHAND_HD inline CosSin cos_sin_of_turns(uint64_t angle) {
+    const uint64_t quarter = (angle + (uint64_t(1) << 61)) >> 62;              // mod 4
+    const float x = float(int64_t(angle - (quarter << 62))) * 3.40612158e-19f; // 2π / 2^64
+    const float z = x * x;
+    const float sin = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
+    const float cos = 1 - 0.5f * z + z * z * (4.1666645683e-2f + z * (-1.3887316255e-3f + z * 2.4433157118e-5f));
+    const bool swapped = quarter & 1;
+    const float c = swapped ? sin : cos, s = swapped ? cos : sin;
+    return {(quarter + 1) & 2 ? -c : c, quarter & 2 ? -s : s};
+}
+
+// The angle of pair i at position p; wraps.
+LONGHAND_HD inline uint64_t rotary_angle(const Rotary& rotary, int64_t p, int64_t i) {
+    return uint64_t(p) * rotary.turns[i];
 }

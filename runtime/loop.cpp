@@ -199,7 +199,7 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
     std::error_code error;
     fs::create_directories(options.out, error);
     if (error) throw BadInput("--out " + options.out + ": " + error.message());
-    write_file_whole(options.out + "/options.toml", options_toml(options));
+    write_file_whole(options.out + "/options.toml", options_toml(options, model.family()));
     int64_t keep_bytes = start.resume ? start.resume->meta.at("log_bytes").get<int64_t>() : 0;
     log_ = std::make_unique<RunLog>(options.out + "/log.jsonl", keep_bytes);
     if (!start.resume) return;
@@ -342,19 +342,48 @@ void Run::steps() {
 
 } // namespace
 
-void train(Options& options, const Device& device, Model& model, const Start& start) {
+static void train(Options& options, const Device& device, Model& model, const Start& start) {
     catch_stop_signals();
     printf("%s\n%s\n", device_line(device).c_str(), model.describe().c_str());
     Run(options, device, model, start).steps();
 }
 
-void evaluate(const Options& options, Model& model) {
+// A line of V numbers for each token of the prompt.
+static void print_logits(const Options& options, Model& model) {
+    std::vector<float> logits(model.vocab());
+    int64_t size = static_cast<int64_t>(options.prompt_tokens.size());
+    if (size > model.context())
+        throw BadInput("--prompt-tokens has " + std::to_string(size) + " tokens, more than the context of " +
+                       std::to_string(model.context()));
+    for (int64_t t = 0; t < size; t++) {
+        model.next_logits(&options.prompt_tokens[t], t, 1, logits.data());
+        for (int64_t v = 0; v < model.vocab(); v++) printf(v ? " %.9g" : "%.9g", logits[v]);
+        printf("\n");
+    }
+}
+
+static void evaluate(const Options& options, Model& model) {
     if (options.eval == "loss") {
         printf("val_loss %.6f\n", Validation(options, model).mean_loss(model));
-    } else {
-        Text text(options, model.vocab());
-        printf("%s\n", generate(options, model, text, kSampleStream).c_str());
+        return;
     }
+    Text text(options, model.vocab()); // refuses tokens that the model does not know
+    if (options.eval == "logits")
+        print_logits(options, model);
+    else
+        printf("%s\n", generate(options, model, text, kSampleStream).c_str());
+}
+
+void run(Options& options, const Device& device, Model& model, const Start& start) {
+    if (options.eval.empty())
+        train(options, device, model, start);
+    else
+        evaluate(options, model);
+}
+
+void check_vocab(const Options& options, int64_t V, const std::string& path) {
+    if (options.vocab && options.vocab != V)
+        throw BadInput("--vocab " + std::to_string(options.vocab) + ", but " + path + " has " + std::to_string(V));
 }
 
 // One line, whatever a value quoted in the message holds.

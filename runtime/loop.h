@@ -43,6 +43,7 @@ struct Model {
     virtual uint64_t file_bytes() const = 0;
     virtual void write_file(FileWriter& file) = 0; // model.bin
     virtual std::string describe() const = 0;      // "124M: L 12, C 768, …"
+    virtual const Family& family() const = 0;
 };
 
 // Where a run's weights come from: the checkpoint that --resume found, the file that --init names (in a run folder its
@@ -53,15 +54,14 @@ struct Start {
 };
 Start find_start(const Options& options);
 
-// Trains as the options say; returns when the steps are done, throws Failure otherwise. Reads the optimizer's state and
-// the data position from start.resume.
-void train(Options& options, const Device& device, Model& model, const Start& start);
-
-// --eval loss prints `val_loss 3.456789`; --eval sample prints a text.
-void evaluate(const Options& options, Model& model);
+// Trains as the options say, or evaluates and returns; throws Failure otherwise. Training reads the optimizer's state
+// and the data position from start.resume.
+void run(Options& options, const Device& device, Model& model, const Start& start);
 
 // Runs a trainer's body and turns what it throws into one line on stderr and the exit code.
 int run_program(const char* name, const std::function<void()>& body);
 
 // The vocabulary for a new model: --vocab, else the tokenizer's size, else the family's own.
 int64_t choose_vocab(const Options& options, int64_t family_vocab);
+// Refuses a --vocab that is not the weights file's V.
+void check_vocab(const Options& options, int64_t V, const std::string& path);

@@ -7,7 +7,13 @@
 struct Options {
     // model
     std::string model, init;
-    int64_t vocab = 0; // 0: the tokenizer's size, else the family's own
+    int64_t vocab = 0;            // 0: the tokenizer's size, else the family's own
+    std::string positions;        // GPT-2: tile, tied, interpolate, fresh, or empty
+    std::string gelu;             // Pythia: erf, tanh, or empty: the weights file's own, else erf
+    std::string rope;             // Pythia: none, linear, ntk, dynamic, yarn, or empty: the weights file's own
+    double rope_scale = 0;        // 0: context / trained context
+    double rope_base = 0;         // 0: the weights file's own, else 10000
+    std::string rope_temperature; // rotary, softmax, or empty: the weights file's own
     // data
     std::string train, val, tokenizer;
     std::vector<int32_t> prompt_tokens;
@@ -39,11 +45,20 @@ struct Options {
     bool operator==(const Options&) const = default;
 };
 
+struct ModelSize {
+    int64_t L, C, H;
+};
+struct NamedSize {
+    std::string name;
+    ModelSize size;
+};
+
 // What differs between the trainers' tables.
 struct Family {
-    std::string program;             // "train_gpt2"
-    std::string description;         // first paragraph of --help
-    std::vector<std::string> models; // named sizes; "tiny" and "L,C,H" are always there
+    std::string program;           // "train_gpt2"
+    std::string name;              // "GPT-2"
+    std::string description;       // first paragraph of --help
+    std::vector<NamedSize> models; // "tiny" and "L,C,H" are always there
 };
 
 // Parses the command line over --config FILE over, with --resume, OUT/options.toml; checks every value and what they
@@ -56,13 +71,12 @@ Options parse_options(int argc, char** argv, const Family& family);
 // The table as TOML, every option of a run with its value: written to OUT/options.toml once all defaults are resolved.
 // out, resume and eval belong to a command, not to a run, and are left out. parse_options reads every value back as it
 // was, to the last bit.
-std::string options_toml(const Options& options);
+std::string options_toml(const Options& options, const Family& family);
 
 // What --help prints: the table, then exit codes and examples.
 std::string options_help(const Family& family);
 
-struct ModelSize {
-    int64_t L, C, H;
-};
 // "L,C,H" → sizes; throws BadInput unless all are positive and H divides C.
 ModelSize parse_model_size(const std::string& text);
+// The sizes of --model: a name of the family's, tiny, or "L,C,H".
+ModelSize find_model_size(const std::string& model, const Family& family);

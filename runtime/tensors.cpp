@@ -7,13 +7,14 @@
 // Elements that are staged on the host at a time: device memory need not be readable here.
 constexpr int64_t kStage = 1 << 20;
 
-void Tensors::add(const std::string& name, int64_t count, bool decay) {
+void Tensors::add(const std::string& name, int64_t layers, int64_t layer_count, bool decay) {
     Tensor tensor;
     tensor.name = name;
-    tensor.count = count;
+    tensor.layers = layers;
+    tensor.count = layers * layer_count;
     tensor.decay = decay;
     list.push_back(tensor);
-    padded += (count + 63) / 64 * 64;
+    padded += (tensor.count + 63) / 64 * 64;
 }
 
 int64_t Tensors::count() const {
@@ -55,7 +56,15 @@ static void set_weights(const Device& device, Tensor& tensor, int64_t first, con
     if (tensor.master) upload(device, tensor.master + first, values, count * sizeof(float));
 }
 
-static size_t element_bytes(FileType type) { return type == FileType::fp32 ? sizeof(float) : sizeof(bf16); }
+FileType file_type(const MappedFile& file, const Header& header) {
+    if (header[1] == 3) return FileType::fp32;
+    if (header[1] == 5) return FileType::bf16;
+    if (header[1] == 6) return FileType::fp16;
+    throw BadInput(file.path() + ": version " + std::to_string(header[1]) +
+                   "; 3 (fp32), 5 (bf16) and 6 (fp16) are read");
+}
+
+static size_t element_bytes(FileType type) { return type == FileType::fp32 ? sizeof(float) : sizeof(uint16_t); }
 
 void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors) {
     size_t want = kHeaderBytes + tensors.count() * element_bytes(type);
@@ -64,26 +73,47 @@ void check_weights_size(const MappedFile& file, FileType type, const Tensors& te
                        std::to_string(want) + "; the file is torn or not of this model");
 }
 
-void read_weights(const Device& device, const MappedFile& file, FileType type, Tensors& tensors) {
-    size_t offset = kHeaderBytes;
-    size_t size = element_bytes(type);
-    std::vector<float> stage(kStage);
-    for (Tensor& tensor : tensors.list)
-        for (int64_t first = 0; first < tensor.count; first += kStage) {
-            int64_t n = std::min(kStage, tensor.count - first);
-            const unsigned char* bytes = file.at(offset, n * size);
-            if (type == FileType::fp32) {
-                memcpy(stage.data(), bytes, n * size);
-            } else {
-                for (int64_t i = 0; i < n; i++) {
-                    bf16 value;
-                    memcpy(&value, bytes + i * size, size);
-                    stage[i] = to_float(value);
-                }
-            }
-            set_weights(device, tensor, first, stage.data(), n);
-            offset += n * size;
-        }
+// IEEE half precision, exactly: a half below 2^-14 is a multiple of 2^-24.
+static float half_to_float(uint16_t half) {
+    uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3ff, bits;
+    if (exponent == 0) {
+        float small = float(mantissa) * 0x1p-24f;
+        return sign ? -small : small;
+    }
+    bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+void WeightsReader::read_floats(float* to, int64_t count) {
+    size_t bytes = count * element_bytes(type_);
+    const unsigned char* from = file_.at(offset_, bytes);
+    offset_ += bytes;
+    if (type_ == FileType::fp32) {
+        memcpy(to, from, bytes);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t bits;
+        memcpy(&bits, from + i * sizeof bits, sizeof bits);
+        to[i] = type_ == FileType::bf16 ? to_float(bf16{bits}) : half_to_float(bits);
+    }
+}
+
+std::vector<float> WeightsReader::read_floats(int64_t count) {
+    std::vector<float> values(count);
+    read_floats(values.data(), count);
+    return values;
+}
+
+void WeightsReader::read(const Device& device, Tensor& tensor) {
+    std::vector<float> stage(std::min(kStage, tensor.count));
+    for (int64_t first = 0; first < tensor.count; first += kStage) {
+        int64_t n = std::min(kStage, tensor.count - first);
+        read_floats(stage.data(), n);
+        set_weights(device, tensor, first, stage.data(), n);
+    }
 }
 
 // Values in device memory, as floats, to a file.

@@ -12,12 +12,14 @@
 
 struct Tensor {
     std::string name;
-    int64_t count;
+    int64_t layers, count;            // of all layers together; a tensor that no layer owns has one
     bool decay;                       // weight decay: matrices only
     real* param = nullptr;            // (count) what the layers read
     float* master = nullptr;          // (count) the float weights; null where param is float itself
     float* grad = nullptr;            // (count) in training
     float *m = nullptr, *v = nullptr; // (count) AdamW's moments, in training
+
+    int64_t layer_count() const { return count / layers; }
 };
 
 // All parameters of a model, each kind in one run of memory, so that the norm and the zeroing are one call.
@@ -27,7 +29,7 @@ struct Tensors {
     float *masters = nullptr, *grads = nullptr, *ms = nullptr, *vs = nullptr;
     int64_t padded = 0; // elements in each run; a tensor begins at a multiple of 64, the gaps stay 0
 
-    void add(const std::string& name, int64_t count, bool decay);
+    void add(const std::string& name, int64_t layers, int64_t layer_count, bool decay);
     // Notes the runs in the arena; call link() after arena.commit().
     void place(Arena& arena, bool training);
     void link();
@@ -40,13 +42,29 @@ using Header = std::array<int32_t, kHeaderInts>;
 constexpr size_t kHeaderBytes = sizeof(Header);
 Header read_header(const MappedFile& file);
 
-enum class FileType { fp32, bf16 };
+enum class FileType { fp32, bf16, fp16 }; // versions 3, 5 and 6 of a weights file
+
+// Throws BadInput for any other version.
+FileType file_type(const MappedFile& file, const Header& header);
 
 // A weights file is its header and the tensors, no byte more or less. Throws BadInput naming both sizes: to be asked
 // before anything is allocated on the header's word.
 void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors);
-// Reads every tensor in order, converting to what the build holds.
-void read_weights(const Device& device, const MappedFile& file, FileType type, Tensors& tensors);
+
+// Reads a weights file's tensors one after another, converting to what the build holds.
+class WeightsReader {
+public:
+    WeightsReader(const MappedFile& file, FileType type) : file_(file), type_(type) {}
+    void read(const Device& device, Tensor& tensor);
+    std::vector<float> read_floats(int64_t count); // the next `count` values
+
+private:
+    const MappedFile& file_;
+    FileType type_;
+    size_t offset_ = kHeaderBytes;
+    void read_floats(float* to, int64_t count);
+};
+
 // Writes every tensor in order, as float: from the master weights where they exist.
 void write_weights(const Device& device, FileWriter& file, const Tensors& tensors);
 uint64_t weight_bytes(const Tensors& tensors);

@@ -123,6 +123,29 @@ TEST_CASE("forward") {
     }
 }
 
+TEST_CASE("forward adds to what is there") {
+    std::vector<Handle> kinds = open_all_kinds();
+    for (Shape s : kShapes) {
+        INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
+        Vector<real> inp = random_normal<real>(s.N * s.C, 1), bias = random_normal<real>(s.OC, 3);
+        Vector<real> w = random_normal<real>(s.OC * s.C, 2, 1 / std::sqrt(float(s.C)));
+        const Vector<real> before = random_normal<real>(s.N * s.OC, 4);
+        for (bool with_bias : {false, true}) {
+            std::vector<double> want =
+                oracle::linear(to_double(inp), to_double(w), with_bias ? to_double(bias) : std::vector<double>{}, s.C);
+            for (size_t i = 0; i < want.size(); i++) want[i] += to_float(before[i]);
+            for (const Handle& mm : kinds) {
+                Vector<real> out = before;
+                matmul_forward_add(mm.get(), out.data(), inp.data(), w.data(), with_bias ? bias.data() : nullptr, s.N,
+                                   s.C, s.OC);
+                // Where the library does not add the bias itself, it is added and rounded before the product.
+                double roundings = with_bias && !device_is_host() ? 2 : 1;
+                check_close("out", out, want, roundings * tolerance<real>(s.C));
+            }
+        }
+    }
+}
+
 TEST_CASE("backward to the input, alone and through the GELU before it") {
     std::vector<Handle> kinds = open_all_kinds();
     for (Shape s : kShapes) {

@@ -18,13 +18,14 @@ namespace {
 
 using Words = std::vector<std::string>;
 
-const Family kFamily = {"train_gpt2", "Trains GPT-2.", {"124M", "355M"}};
+const Family kFamily = {"train_gpt2", "GPT-2", "Trains GPT-2.", {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}}};
+const Family kPythia = {"train_pythia", "Pythia", "Trains Pythia.", {{"70m", {6, 512, 8}}}};
 
-Options parse(Words words) {
-    words.insert(words.begin(), "train_gpt2");
+Options parse(Words words, const Family& family = kFamily) {
+    words.insert(words.begin(), family.program);
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
-    return parse_options(static_cast<int>(argv.size()), argv.data(), kFamily);
+    return parse_options(static_cast<int>(argv.size()), argv.data(), family);
 }
 
 std::string refusal(const Words& words) {
@@ -276,13 +277,24 @@ TEST_CASE("options.toml reads back exactly") {
         o.top_k = int64_t(random() % 100), o.save_every = int64_t(random() % 100), o.keep = int64_t(random() % 100);
         o.max_hours = fraction(random) * 100;
 
-        put_file(path, options_toml(o));
-        CHECK(parse({"--config", path, "--out", o.out}) == o);
+        const Family& family = i / 4 % 2 ? kPythia : kFamily;
+        if (&family == &kFamily) {
+            o.positions = Words{"", "tile", "tied", "interpolate", "fresh"}[random() % 5];
+        } else {
+            if (!o.model.empty()) o.model = "70m";
+            o.gelu = Words{"", "erf", "tanh"}[random() % 3];
+            o.rope = Words{"", "none", "linear", "ntk", "dynamic", "yarn"}[random() % 6];
+            o.rope_scale = fraction(random), o.rope_base = fraction(random) * 1e6;
+            o.rope_temperature = Words{"", "rotary", "softmax"}[random() % 3];
+        }
+
+        put_file(path, options_toml(o, family));
+        CHECK(parse({"--config", path, "--out", o.out}, family) == o);
 
         std::filesystem::create_directory(o.out);
-        put_file(o.out + "/options.toml", options_toml(o));
+        put_file(o.out + "/options.toml", options_toml(o, family));
         o.resume = true;
-        CHECK(parse({"--resume", "--out", o.out}) == o);
+        CHECK(parse({"--resume", "--out", o.out}, family) == o);
         std::filesystem::remove_all(o.out);
     }
 }
@@ -369,7 +381,7 @@ TEST_CASE("a run is refused without --resume, and goes on with it") {
     CHECK(contains(refusal({"--model", "tiny", "--train", "x", "--out", out + "/notes.txt"}), "is a file"));
 
     o.lr = 0.125;
-    put_file(out + "/options.toml", options_toml(o));
+    put_file(out + "/options.toml", options_toml(o, kFamily));
     Options resumed = parse({"--resume", "--out", out});
     CHECK(resumed == o);
     // The folder may have moved since.
@@ -380,7 +392,8 @@ TEST_CASE("a run is refused without --resume, and goes on with it") {
     CHECK(resumed.lr == 0.125);
     CHECK(parse({"--eval", "sample", "--init", "w", "--out", folder / "moved"}).resume == false);
     // What belongs to a command is not taken from a run, even if somebody wrote it there.
-    put_file(folder / "moved/options.toml", options_toml(o) + "eval = \"loss\"\nout = \"elsewhere\"\nresume = false\n");
+    put_file(folder / "moved/options.toml",
+             options_toml(o, kFamily) + "eval = \"loss\"\nout = \"elsewhere\"\nresume = false\n");
     resumed = parse({"--resume", "--out", folder / "moved"});
     CHECK(resumed.eval == "");
     CHECK(resumed.out == folder / "moved");
@@ -390,20 +403,21 @@ TEST_CASE("a run is refused without --resume, and goes on with it") {
 TEST_CASE("what a resume may change") {
     const std::set<std::string> fixed = {"model",           "init",         "vocab", "train", "seed", "context",
                                          "tokens-per-step", "weight-decay", "beta1", "beta2", "eps",  "clip",
-                                         "skip-z"};
+                                         "skip-z",          "positions"};
     ScratchFolder folder;
     std::string out = folder / "run";
     Options o;
     o.model = "tiny", o.vocab = 300, o.train = "x.bin", o.context = 64, o.tokens_per_step = 64;
     std::filesystem::create_directory(out);
     std::filesystem::create_directories(out + "/step_00000001"); // without a checkpoint nothing binds yet
-    put_file(out + "/options.toml", options_toml(o));
+    put_file(out + "/options.toml", options_toml(o, kFamily));
 
     size_t seen = 0;
-    for (const TomlItem& item : parse_toml(options_toml(o), "")) {
+    for (const TomlItem& item : parse_toml(options_toml(o, kFamily), "")) {
         std::string was = item.values.empty() ? "" : item.values[0];
         std::string other = item.key == "schedule" ? "wsd" : item.string ? "other" : item.array ? "5" : "0.5";
         if (item.key == "model") other = "124M";
+        if (item.key == "positions") other = "tile";
         if (!item.string && !item.array && was.find('.') == std::string::npos && was.find('e') == std::string::npos)
             other = "127"; // a whole number
         const Words words = {"--resume", "--out", out, "--" + item.key, other};
@@ -418,8 +432,8 @@ TEST_CASE("what a resume may change") {
             if (was != "") // as it was is no change
                 CHECK(refusal({"--resume", "--out", out, "--" + item.key, was}) == "");
         } else {
-            CHECK(options_toml(parse(words)) != options_toml(o));
-            CHECK(options_toml(parse({"--resume", "--out", out})) == options_toml(o));
+            CHECK(options_toml(parse(words), kFamily) != options_toml(o, kFamily));
+            CHECK(options_toml(parse({"--resume", "--out", out}), kFamily) == options_toml(o, kFamily));
         }
     }
     CHECK(seen == fixed.size());
@@ -434,7 +448,7 @@ TEST_CASE("what a resume may change") {
 
     // A run of --steps 0 gets its data when it goes on, and only then.
     o.train = "", o.steps = 0;
-    put_file(out + "/options.toml", options_toml(o));
+    put_file(out + "/options.toml", options_toml(o, kFamily));
     CHECK(parse({"--resume", "--out", out, "--train", "y.bin", "--steps", "5"}).train == "y.bin");
 
     put_file(out + "/options.toml", "batch = 0\n");
@@ -442,17 +456,22 @@ TEST_CASE("what a resume may change") {
 }
 
 TEST_CASE("--help names what exists, all of it, and nothing else") {
-    std::string help = options_help(kFamily);
-    Words named = keys(options_toml(Options()));
-    for (const char* name : {"out", "resume", "eval", "config", "help"}) named.push_back(name);
-    CHECK(named.size() == 39);
-    for (const std::string& name : named) {
-        CAPTURE(name);
-        CHECK(std::regex_search(help, std::regex("\n[* ] --" + name + "( |\n)")));
+    for (const Family& family : {kFamily, kPythia}) {
+        std::string help = options_help(family);
+        Words named = keys(options_toml(Options(), family));
+        for (const char* name : {"out", "resume", "eval", "config", "help"}) named.push_back(name);
+        CHECK(named.size() == (family.name == "GPT-2" ? 40 : 44));
+        for (const std::string& name : named) {
+            CAPTURE(name);
+            CHECK(std::regex_search(help, std::regex("\n[* ] --" + name + "( |\n)")));
+        }
+        std::set<std::string> known(named.begin(), named.end());
+        std::regex option("--([a-z0-9-]+)");
+        for (std::sregex_iterator i(help.begin(), help.end(), option), end; i != end; ++i)
+            CHECK(known.count((*i)[1]) == 1);
     }
-    std::set<std::string> known(named.begin(), named.end());
-    std::regex option("--([a-z0-9-]+)");
-    for (std::sregex_iterator i(help.begin(), help.end(), option), end; i != end; ++i) CHECK(known.count((*i)[1]) == 1);
+    CHECK(contains(refusal({"--model", "tiny", "--rope", "yarn"}), "unknown option --rope"));
+    std::string help = options_help(kFamily);
     CHECK(contains(help, "124M, 355M, tiny"));
     CHECK(contains(help, "Exit codes: 0 done; 1 "));
     CHECK(contains(help, "[0.95]"));

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "dev"))
 import assemble  # noqa: E402
 
 PARTS = ["cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
+TRAINERS = ["train_gpt2", "train_pythia"]
 LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
@@ -86,7 +87,7 @@ def tests():
     """Names of test programs: those of dev/simt, those that run kernels, and all others."""
     names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
     simulator = [n for n in names if n.startswith("simt")]
-    kernels = [n for n in names if n in ("gpt2", "recording") or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
+    kernels = [n for n in names if n in ("gpt2", "pythia", "recording") or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
     return simulator, kernels, [n for n in names if n not in simulator and n not in kernels]
 
 
@@ -161,7 +162,7 @@ def run_cuda(tally, kernels, long):
 
 def run_python(tally, long):
     """pytest for the tools, the scripts and the trainer's command line, each test beside what it tests."""
-    if not build(tally, "trainers", [f"build/{name}/train_gpt2" for name in ("cpu", "cpu-bf16", "simt", "simt-bf16")]):
+    if not build(tally, "trainers", [f"build/{name}/{trainer}" for name in ("cpu", "cpu-bf16", "simt", "simt-bf16") for trainer in TRAINERS]):
         return
     python = ROOT / ".venv" / "bin" / "python"
     for folder in ("data", "scripts", "test"):
@@ -203,7 +204,7 @@ def main():
         start = time.monotonic()
         if part in ("cpu", "cpu-bf16"):
             native = [name for name in kernels if name not in DEVICE_ONLY]
-            run_native(tally, part, native + others, args.long, [f"build/{part}/train_gpt2"])
+            run_native(tally, part, native + others, args.long, [f"build/{part}/{trainer}" for trainer in TRAINERS])
         elif part == "asan":
             run_native(tally, "cpu-asan", SANITIZED, args.long)
         elif part == "simt":

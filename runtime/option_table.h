@@ -1,0 +1,38 @@
+// The table behind options.h, for its own sources: one row an option.
+#pragma once
+#include <cmath>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "options.h"
+
+// What a resumed run may do to an option.
+enum class OptionScope {
+    fixed,  // part of the run's mathematics: a resume keeps it
+    free,   // may change from one resume to the next
+    command // of one command, never stored with a run
+};
+
+struct OptionRange {
+    double low = 0, high = INFINITY;   // every bound below is exact in a double
+    bool above = false, below = false; // strictly
+};
+
+using OptionMember = std::variant<std::monostate, std::string Options::*, bool Options::*, int64_t Options::*,
+                                  uint64_t Options::*, double Options::*, std::vector<int32_t> Options::*>;
+
+struct OptionRow {
+    const char* group = "";
+    const char* name = "";
+    const char* value = ""; // what --help calls the value; empty for a flag
+    const char* help = "";
+    OptionMember member = {}; // none: --config and --help, which parse_options handles itself
+    OptionScope scope = OptionScope::fixed;
+    OptionRange range = {};
+    const char* unset = nullptr; // what the default stands for, where it is not to be taken as a figure
+    std::vector<std::string> choices = {};
+    const char* only = nullptr; // the family that has it; null: both
+};
+
+std::vector<OptionRow> option_table(const Family& family);

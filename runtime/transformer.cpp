@@ -1,0 +1,156 @@
+#include "transformer.h"
+
+#include <algorithm>
+
+#include "../kernels/attention.h"
+#include "../kernels/classifier.h"
+#include "../kernels/global_norm.h"
+#include "../kernels/matmul.h"
+#include "errors.h"
+
+void check_sizes(const ModelSizes& s, const std::string& where) {
+    if (!attention_supports(s.D()))
+        throw BadInput(where + ": head dim " + std::to_string(s.D()) + " (width " + std::to_string(s.C) + " over " +
+                       std::to_string(s.H) + " heads) has no kernel; 32, 64, 80, 128 and 256 have");
+    if (s.V > 65536)
+        throw BadInput(where + ": vocabulary of " + std::to_string(s.V) + ", but shards hold 16-bit tokens");
+}
+
+ModelSizes read_sizes(const MappedFile& file, int32_t magic, const char* family, Header& header) {
+    header = read_header(file);
+    auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
+    if (header[0] != magic)
+        refuse(std::string("not a ") + family + " weights file (magic " + std::to_string(header[0]) + ")");
+    ModelSizes s{header[2], header[3], header[7], header[4], header[5], header[6]};
+    for (int64_t size : {s.maxT, s.V, s.Vp, s.L, s.H, s.C})
+        if (size < 1) refuse("a size of " + std::to_string(size) + " in its header");
+    // Bounds far beyond any model, so that no product of a lying header overflows.
+    if (s.L > 10000 || s.C > 1000000 || s.Vp > 10000000) refuse("absurd sizes in its header");
+    if (s.V > s.Vp) refuse("V " + std::to_string(s.V) + " > padded V " + std::to_string(s.Vp));
+    if (s.C % s.H) refuse(std::to_string(s.H) + " heads do not divide width " + std::to_string(s.C));
+    check_sizes(s, file.path());
+    return s;
+}
+
+Header make_header(int32_t magic, const ModelSizes& s) {
+    Header header{};
+    int64_t values[] = {magic, 3, s.maxT, s.V, s.L, s.H, s.C, s.Vp};
+    std::transform(std::begin(values), std::end(values), header.begin(), [](int64_t x) { return int32_t(x); });
+    return header;
+}
+
+// Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.
+constexpr int64_t kClassifierChunk = 512;
+
+Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, size_t unembedding, int64_t B,
+                         int64_t T, bool training)
+    : device_(device), B_(B), T_(T), N_(B * T), training_(training), params_(std::move(tensors)), C_(sizes.C),
+      V_(sizes.V), Vp_(sizes.Vp), K_(std::min(N_, kClassifierChunk)), unembedding_(unembedding) {
+    params_.place(arena_, training);
+    arena_.place(tokens_, N_, "tokens");
+    arena_.place(targets_, N_, "targets");
+    arena_.place(lnf_, N_ * C_, "lnf");
+    arena_.place(dlnf_, training ? N_ * C_ : 0, "gradient of lnf");
+    arena_.place(losses_, N_, "losses");
+    arena_.place(logits_, K_ * Vp_, "logits");
+    arena_.place(loss_, 1, "loss");
+    arena_.place(norm_, 1, "norm");
+    arena_.place(scale_, 1, "clip scale");
+}
+
+void Transformer::commit(size_t scratch) {
+    if (training_) scratch = std::max(scratch, global_norm_scratch(params_.padded));
+    char* bytes = nullptr;
+    arena_.place(bytes, scratch, "scratch");
+    arena_.commit();
+    scratch_ = bytes;
+    params_.link();
+}
+
+void Transformer::write_file(FileWriter& file) {
+    Header h = header();
+    file.write(h.data(), kHeaderBytes);
+    write_weights(device_, file, params_);
+}
+
+// Logits and losses of N tokens, a chunk at a time, so that no more than a chunk of logits exists. With gradients also
+// the unembedding's, and that of lnf_.
+void Transformer::losses(int64_t N, double factor, bool gradients) {
+    real* weights = w(unembedding_);
+    for (int64_t n = 0; n < N; n += K_) {
+        int64_t K = std::min(K_, N - n);
+        real* lnf = lnf_ + n * C_;
+        matmul_forward(device_.matmul, logits_, nullptr, lnf, weights, nullptr, K, C_, Vp_);
+        if (!gradients) {
+            classifier_forward(device_.stream, losses_ + n, logits_, targets_ + n, K, V_, Vp_);
+            continue;
+        }
+        classifier_forward_backward(device_.stream, losses_ + n, logits_, targets_ + n, float(factor), K, V_, Vp_);
+        matmul_backward_weight(device_.matmul, dw(unembedding_), nullptr, logits_, lnf, K, C_, Vp_);
+        matmul_backward_input(device_.matmul, dlnf_ + n * C_, logits_, weights, nullptr, K, C_, Vp_);
+    }
+    classifier_add_losses(device_.stream, loss_, losses_, factor, N);
+}
+
+Cost Transformer::unembedding_cost(int64_t N) const {
+    return matmul_forward_cost(N, C_, Vp_) + matmul_backward_input_cost(N, C_, Vp_) +
+           matmul_backward_weight_cost(N, C_, Vp_) + classifier_forward_backward_cost(N, V_, Vp_);
+}
+
+void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
+    upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
+    upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
+    training_step_.run(device_, {double(B), factor}, [&] {
+        forward(B, 0, T_);
+        losses(B * T_, factor, true);
+        backward(B);
+    });
+}
+
+void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
+    upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
+    upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
+    evaluation_.run(device_, {double(B), factor}, [&] {
+        forward(B, 0, T_);
+        losses(B * T_, factor, false);
+    });
+}
+
+void Transformer::next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) {
+    upload(device_, tokens_ + start, tokens, n * sizeof(int32_t));
+    forward(1, start, n);
+    matmul_forward(device_.matmul, logits_, nullptr, lnf_ + (start + n - 1) * C_, w(unembedding_), nullptr, 1, C_, Vp_);
+    std::vector<real> row(V_);
+    download(device_, row.data(), logits_, V_ * sizeof(real));
+    for (int64_t v = 0; v < V_; v++) logits[v] = to_float(row[v]);
+}
+
+void Transformer::clear(bool gradients) {
+    fill_zero(device_, loss_, sizeof(double));
+    if (gradients) fill_zero(device_, params_.grads, params_.padded * sizeof(float));
+}
+
+void Transformer::measure_gradients(double clip) {
+    global_norm(device_.stream, norm_, params_.grads, scratch_, params_.padded);
+    clip_scale(device_.stream, scale_, norm_, loss_, float(clip));
+}
+
+void Transformer::update(const AdamW& options) {
+    for (const Tensor& t : params_.list) {
+        AdamW o = options;
+        if (!t.decay) o.weight_decay = 0;
+        adamw_update(device_.stream, t.param, t.master, t.m, t.v, t.grad, scale_, t.count, o);
+    }
+}
+
+double Transformer::loss() {
+    double loss;
+    download(device_, &loss, loss_, sizeof loss);
+    return loss;
+}
+
+double Transformer::grad_norm() {
+    float norm;
+    download(device_, &norm, norm_, sizeof norm);
+    return norm;
+}
