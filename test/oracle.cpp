@@ -2,6 +2,8 @@
 // differences, two methods that share nothing but the function.
 #include "oracle.h"
 
+#include <numeric>
+
 #include "check.h"
 
 using oracle::Complex;
@@ -113,25 +115,26 @@ TEST_CASE("AdamW: under a constant gradient every step is lr·g/(|g| + eps) afte
 
 namespace {
 
-const oracle::Gpt2Config kTiny{6, 11, 16, 2, 2, 8};
+const oracle::Gpt2Config kGpt2{6, 11, 16, 2, 2, 8};
+const oracle::Rope kRope{oracle::Stretch::none, 2, 2048};
+const oracle::PythiaConfig kParallel{11, 16, 2, 2, 8, true, false, kRope};
+const oracle::PythiaConfig kSequential{11, 16, 2, 2, 8, false, true, kRope};
 const int64_t kB = 2, kT = 5;
 const std::vector<int32_t> kTokens = {1, 7, 7, 0, 10, 3, 2, 9, 4, 1}, kTargets = {7, 7, 0, 10, 5, 2, 9, 4, 1, 6};
 
-template <class N> oracle::Gpt2Weights<N> tiny_weights() {
-    oracle::Gpt2Weights<N> w(kTiny);
+template <class Weights> void fill(Weights& w) {
     uint64_t seed = 1;
-    for (std::vector<N>* tensor : w.tensors()) {
+    for (auto* tensor : w.tensors()) {
         std::vector<double> values = normal(tensor->size(), seed++, 0.5f);
         std::copy(values.begin(), values.end(), tensor->begin());
     }
-    return w;
 }
 
-} // namespace
-
-TEST_CASE("GPT-2's loss: complex steps agree with central differences in every tensor") {
-    auto z = tiny_weights<Complex>();
-    auto w = tiny_weights<double>();
+// Complex steps against central differences, in every tensor.
+template <template <class> class Weights, class Config> void check_slopes(const Config& config) {
+    Weights<Complex> z(config);
+    Weights<double> w(config);
+    fill(z), fill(w);
     auto tensors_z = z.tensors();
     auto tensors_w = w.tensors();
     for (size_t tensor = 0; tensor < tensors_z.size(); tensor++) {
@@ -141,15 +144,15 @@ TEST_CASE("GPT-2's loss: complex steps agree with central differences in every t
         double largest = 0;
         for (size_t i = 0; i < n; i += stride) {
             double exact = oracle::derivative((*tensors_z[tensor])[i],
-                                              [&] { return oracle::gpt2_loss(z, kTiny, kTokens, kTargets, kB, kT); });
+                                              [&] { return oracle::loss_of(z, kTokens, kTargets, kB, kT); });
             double& x = (*tensors_w[tensor])[i];
             // Richardson: two central differences cancel the h² error; h where rounding (1e-16/h) is 1e-13.
             const double kept = x, h = 1e-3;
             auto central = [&](double step) {
                 x = kept + step;
-                double above = oracle::gpt2_loss(w, kTiny, kTokens, kTargets, kB, kT);
+                double above = oracle::loss_of(w, kTokens, kTargets, kB, kT);
                 x = kept - step;
-                double below = oracle::gpt2_loss(w, kTiny, kTokens, kTargets, kB, kT);
+                double below = oracle::loss_of(w, kTokens, kTargets, kB, kT);
                 x = kept;
                 return (above - below) / (2 * step);
             };
@@ -161,19 +164,88 @@ TEST_CASE("GPT-2's loss: complex steps agree with central differences in every t
     }
 }
 
-TEST_CASE("GPT-2: causal, blind to padding rows, ln V when it knows nothing") {
-    auto w = tiny_weights<double>();
-    std::vector<double> before = oracle::gpt2_logits(w, kTiny, kTokens, kB, kT);
+// Causal, blind to the padding rows of `embeddings`, and ln V when all weights are zero.
+template <class Weights>
+void check_structure(Weights w, std::initializer_list<std::vector<double> Weights::*> embeddings) {
+    const auto& c = w.config;
+    for (auto* tensor : w.tensors()) std::fill(tensor->begin(), tensor->end(), 0);
+    CHECK(oracle::loss_of(w, kTokens, kTargets, kB, kT) == doctest::Approx(std::log(11.0)).epsilon(1e-14));
+    fill(w);
+    std::vector<double> before = oracle::logits_of(w, kTokens, kB, kT);
     std::vector<int32_t> tokens = kTokens;
     tokens[3] = 8; // the fourth token of the first sequence
-    std::vector<double> after = oracle::gpt2_logits(w, kTiny, tokens, kB, kT);
+    std::vector<double> after = oracle::logits_of(w, tokens, kB, kT);
     for (int64_t n = 0; n < kB * kT; n++) {
-        bool same = std::equal(&before[n * kTiny.V], &before[n * kTiny.V] + kTiny.V, &after[n * kTiny.V]);
+        bool same = std::equal(&before[n * c.V], &before[n * c.V] + c.V, &after[n * c.V]);
         CHECK(same == (n < 3 || n >= kT));
     }
-    for (int64_t i = kTiny.V * kTiny.C; i < kTiny.Vp * kTiny.C; i++) w.wte[i] = NAN;
-    CHECK(oracle::gpt2_logits(w, kTiny, kTokens, kB, kT) == before);
+    for (auto embedding : embeddings)
+        for (int64_t i = c.V * c.C; i < c.Vp * c.C; i++) (w.*embedding)[i] = NAN;
+    CHECK(oracle::logits_of(w, kTokens, kB, kT) == before);
+}
 
-    oracle::Gpt2Weights<double> zero(kTiny);
-    CHECK(oracle::gpt2_loss(zero, kTiny, kTokens, kTargets, kB, kT) == doctest::Approx(std::log(11.0)).epsilon(1e-14));
+} // namespace
+
+TEST_CASE("the whole models' losses: complex steps agree with central differences in every tensor") {
+    check_slopes<oracle::Gpt2Weights>(kGpt2);
+    check_slopes<oracle::PythiaWeights>(kParallel);
+    check_slopes<oracle::PythiaWeights>(kSequential);
+}
+
+TEST_CASE("the whole models: causal, blind to padding rows, ln V when they know nothing") {
+    using Gpt2 = oracle::Gpt2Weights<double>;
+    using Pythia = oracle::PythiaWeights<double>;
+    check_structure(Gpt2(kGpt2), {&Gpt2::wte});
+    check_structure(Pythia(kParallel), {&Pythia::embedin, &Pythia::embedout});
+    check_structure(Pythia(kSequential), {&Pythia::embedin, &Pythia::embedout});
+}
+
+TEST_CASE(
+    "rotation: dot products depend on the distance alone, unrotated dimensions stay, the factor scales the rest") {
+    const oracle::Rope rope{oracle::Stretch::none, 8, 2048};
+    const std::vector<double> frequencies = oracle::rotary_frequencies(rope, 100), q = normal(12, 1), k = normal(12, 2);
+    auto rotated = [&](std::vector<double> x, int64_t position, double factor = 1) {
+        oracle::rotate(x.data(), frequencies, factor, position);
+        return x;
+    };
+    auto dot = [](const std::vector<double>& a, const std::vector<double>& b) {
+        return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+    };
+    CHECK(rotated(q, 0) == q);
+    const double near = dot(rotated(q, 17), rotated(k, 12));
+    CHECK(dot(rotated(q, 3005), rotated(k, 3000)) == doctest::Approx(near).epsilon(1e-12));
+    CHECK(std::abs(dot(rotated(q, 18), rotated(k, 12)) - near) > 1e-3);
+    for (int d = 8; d < 12; d++) CHECK(rotated(q, 77, 3)[d] == q[d]);
+    for (int d = 0; d < 8; d++) CHECK(rotated(q, 77, 3)[d] == doctest::Approx(3 * rotated(q, 77)[d]).epsilon(1e-15));
+    // The first pair, dimensions 0 and 4, turns by a radian a position, from the first towards the second.
+    std::vector<double> unit(12);
+    unit[0] = 1;
+    CHECK(rotated(unit, 1)[0] == doctest::Approx(std::cos(1.0)));
+    CHECK(rotated(unit, 1)[4] == doctest::Approx(std::sin(1.0)));
+}
+
+TEST_CASE("rotary frequencies: each mode where its effect is known in closed form") {
+    using oracle::Stretch;
+    auto frequencies = [](Stretch mode, int64_t T, double scale, double base = 10000, int64_t dims = 16) {
+        return oracle::rotary_frequencies({mode, dims, 2048, base, scale}, T);
+    };
+    const std::vector<double> plain = frequencies(Stretch::none, 8192, 4);
+    for (int i = 0; i < 8; i++) CHECK(plain[i] == doctest::Approx(std::pow(10, -i / 2.0)).epsilon(1e-14));
+    const std::vector<double> linear = frequencies(Stretch::linear, 8192, 4), ntk = frequencies(Stretch::ntk, 8192, 4);
+    for (int i = 0; i < 8; i++) CHECK(linear[i] == plain[i] / 4);
+    // NTK leaves the fastest pair alone and slows the slowest by the whole scale.
+    CHECK(ntk[0] == 1);
+    CHECK(ntk[7] == doctest::Approx(plain[7] / 4).epsilon(1e-14));
+    // Dynamic is NTK with a scale that the length gives: at four windows, scale 2 acts as 2·4 − 1 = 7.
+    CHECK(frequencies(Stretch::dynamic, 2048, 2) == plain);
+    CHECK(frequencies(Stretch::dynamic, 8192, 2)[7] == doctest::Approx(plain[7] / 7).epsilon(1e-14));
+    // Rotations of pair i over the window: 326·10^(−i/2). Above 32 up to pair 2, below 1 from 5.03, which is rounded
+    // up.
+    const std::vector<double> yarn = frequencies(Stretch::yarn, 8192, 4);
+    for (int i = 0; i < 8; i++) {
+        double stretched = i <= 2 ? 0 : i >= 6 ? 1 : (i - 2) / 4.0;
+        CHECK(yarn[i] == doctest::Approx(plain[i] * (1 - stretched) + linear[i] * stretched).epsilon(1e-14));
+    }
+    CHECK(oracle::yarn_temperature({Stretch::yarn, 16, 2048, 10000, std::exp(5)}) == doctest::Approx(1.5));
+    CHECK(oracle::yarn_temperature({Stretch::linear, 16, 2048, 10000, 4}) == 1);
 }

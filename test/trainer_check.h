@@ -1,0 +1,180 @@
+// What the tests of both trainers share: a model of either family against HuggingFace (test/golden), against the
+// derivative of the oracle's loss, and against itself where two ways must agree. A test includes its trainer's source
+// first and says how to make its model.
+#pragma once
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <doctest/doctest.h>
+
+#include "../runtime/device.h"
+#include "../runtime/loop.h"
+#include "check.h"
+#include "golden_oracle.h"
+
+namespace trainer {
+
+// Of the configuration, its context c.T, and batches of up to B sequences.
+using Make = std::function<std::unique_ptr<Model>(const golden::Config& c, int64_t B, bool training)>;
+
+inline Device& device() {
+    static Device one(0);
+    return one;
+}
+
+inline std::unique_ptr<Model> made(const Make& make, const golden::Config& c, int64_t B, bool training = true) {
+    std::unique_ptr<Model> model = make(c, B, training);
+    const std::vector<std::vector<float>> weights = golden::weights(c);
+    const std::vector<golden::Recipe> recipes = golden::tensors(c);
+    REQUIRE(model->tensors().list.size() == recipes.size());
+    for (size_t i = 0; i < recipes.size(); i++) {
+        Tensor& tensor = model->tensors().list[i];
+        REQUIRE(tensor.name == recipes[i].name);
+        REQUIRE(tensor.count == recipes[i].n);
+        fill_weights(device(), tensor, [&](int64_t k) { return weights[i][k]; });
+    }
+    return model;
+}
+
+// Gradients as the host sees them, wherever the device keeps them.
+inline std::vector<float> gradient(const Tensor& tensor) {
+    std::vector<float> host(tensor.count);
+    download(device(), host.data(), tensor.grad, host.size() * sizeof(float));
+    return host;
+}
+
+inline void step(Model& model, const golden::Batch& batch, int64_t B) {
+    model.clear(true);
+    model.accumulate(batch.tokens.data(), batch.targets.data(), B, 1.0 / batch.tokens.size());
+}
+
+// (B,T,V), token by token through the KV cache, every eighth row and the last by a whole pass that fills the cache anew
+// (each length of a pass is another matmul to set up).
+inline std::vector<float> logits(Model& model, const golden::Config& c, const golden::Batch& batch) {
+    std::vector<float> all(c.B * c.T * c.V);
+    for (int64_t b = 0; b < c.B; b++)
+        for (int64_t t = 0; t < c.T; t++) {
+            const int32_t* row = &batch.tokens[b * c.T];
+            const int64_t first = t % 8 == 0 || t == c.T - 1 ? 0 : t;
+            model.next_logits(row + first, first, t + 1 - first, &all[(b * c.T + t) * c.V]);
+        }
+    return all;
+}
+
+// Logits, loss and gradients are HuggingFace's, within `times` PyTorch's own error.
+inline void check_golden(const Make& make, const std::string& name, double times = 2) {
+    CAPTURE(name);
+    const golden::Golden want = golden::load("test/golden/" + name + ".json");
+    const golden::Config& c = want.config;
+    const golden::Batch batch = golden::batch(c);
+    std::unique_ptr<Model> model = made(make, c, c.B);
+
+    const std::vector<float> all = logits(*model, c, batch);
+    golden::Comparison compared = golden::compare("logits", c, want.logits, all.data(), all.size(), times);
+    CHECK_MESSAGE(compared.ok(), compared.said);
+
+    step(*model, batch, c.B);
+    double torch = sizeof(real) == 2 ? want.loss.bf16 : want.loss.fp32;
+    double allowed = times * std::abs(torch - want.loss.fp64) + kRealEpsilon * want.loss.fp64 / 2;
+    CHECK(std::abs(model->loss() - want.loss.fp64) <= allowed);
+    for (size_t i = 0; i < want.gradients.size(); i++) {
+        const Tensor& tensor = model->tensors().list[i];
+        compared = golden::compare(tensor.name, c, want.gradients[i], gradient(tensor).data(), tensor.count, times);
+        CHECK_MESSAGE(compared.ok(), compared.said);
+    }
+}
+
+// Twenty steps follow HuggingFace with torch's AdamW.
+inline void check_training(const Make& make, const std::string& name) {
+    const golden::Training want = golden::load_training("test/golden/" + name + ".json");
+    const golden::Config& c = want.config;
+    std::unique_ptr<Model> model = made(make, c, c.B);
+    // fp32: the bound. bf16: master weights keep the course; what is left is the rounding of one forward pass.
+    double tolerance = sizeof(real) == 4 ? 1e-4 : kRealEpsilon;
+    for (int64_t i = 0; i < want.optimizer.steps; i++) {
+        CAPTURE(i);
+        step(*model, golden::batch(c, i), c.B);
+        model->measure_gradients(want.optimizer.clip);
+        CHECK(std::abs(model->loss() / want.fp64.losses[i] - 1) <= tolerance);
+        CHECK(std::abs(model->grad_norm() / want.fp64.grad_norms[i] - 1) <= 4 * tolerance);
+        const auto& o = want.optimizer;
+        model->update({float(o.lr), float(o.beta1), float(o.beta2), float(o.eps), float(o.weight_decay), i + 1});
+    }
+}
+
+// The gradient is the derivative of the oracle's loss.
+inline void check_derivative(const Make& make, const golden::Config& c) {
+    std::unique_ptr<Model> model = made(make, c, c.B);
+    step(*model, golden::batch(c), c.B);
+    golden::Oracle<oracle::Complex> truth(c);
+    const double h = 1e-30;
+    auto derivative = [&] { return truth.loss().imag() / h; };
+
+    // Every entry of a tensor takes part in the derivative along a random direction; single entries say where.
+    std::mt19937_64 rng(5);
+    for (size_t i = 0; i < model->tensors().list.size(); i++) {
+        const Tensor& tensor = model->tensors().list[i];
+        const std::vector<float> grad = gradient(tensor);
+        std::vector<oracle::Complex>& x = *truth.tensors()[i];
+        const int64_t live = golden::tensors(c)[i].live;
+        double norm = 0;
+        for (int64_t k = 0; k < tensor.count; k++) norm += double(grad[k]) * grad[k];
+        norm = std::sqrt(norm);
+        // Norm-wise error of a backward pass: fp32 about 30 epsilons, bf16 (whose epsilon counts twice: activations and
+        // their gradients are rounded at every layer) about 3.
+        double tolerance = sizeof(real) == 4 ? 30 * kRealEpsilon : 3 * kRealEpsilon;
+        CAPTURE(tensor.name);
+        for (int direction = 0; direction < 3; direction++) {
+            double along = 0;
+            for (int64_t k = 0; k < live; k++) {
+                double u = rng() & 1 ? 1 : -1;
+                x[k] = {x[k].real(), u * h};
+                along += u * grad[k];
+            }
+            CHECK(std::abs(along - derivative()) <= 3 * tolerance * norm);
+            for (oracle::Complex& value : x) value = value.real();
+        }
+        for (int sample = 0; sample < 8; sample++) {
+            int64_t k = rng() % live;
+            x[k] = {x[k].real(), h};
+            CHECK(std::abs(grad[k] - derivative()) <= tolerance * norm);
+            x[k] = x[k].real();
+        }
+        for (int64_t k = live; k < tensor.count; k++) CHECK(grad[k] == 0);
+    }
+}
+
+// Micro-batches add up to the batch, a step repeats bit for bit, and validation has the training's loss.
+inline void check_repetition(const Make& make, const golden::Config& c) {
+    const golden::Batch batch = golden::batch(c);
+    const size_t N = batch.tokens.size();
+    std::unique_ptr<Model> whole = made(make, c, c.B), parts = made(make, c, 1), again = made(make, c, c.B);
+    step(*whole, batch, c.B);
+    parts->clear(true);
+    for (int64_t b = 0; b < c.B; b++) parts->accumulate(&batch.tokens[b * c.T], &batch.targets[b * c.T], 1, 1.0 / N);
+    CHECK(std::abs(whole->loss() - parts->loss()) <= 4 * kRealEpsilon * whole->loss());
+    step(*again, batch, c.B);
+    CHECK(again->loss() == whole->loss());
+    double tolerance = std::sqrt(double(N)) * kRealEpsilon; // another order of summation over the tokens
+    for (size_t i = 0; i < whole->tensors().list.size(); i++) {
+        const Tensor& tensor = whole->tensors().list[i];
+        const std::vector<float> a = gradient(tensor), b = gradient(parts->tensors().list[i]);
+        check_close(tensor.name.c_str(), b, to_double(a), tolerance);
+        CHECK(check::same_bits(a, gradient(again->tensors().list[i])));
+    }
+    // The validation path is the training path without its gradient.
+    double loss = whole->loss();
+    whole->clear(false);
+    whole->evaluate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / N);
+    CHECK(whole->loss() == loss);
+    std::unique_ptr<Model> inference = made(make, c, c.B, false);
+    inference->clear(false);
+    inference->evaluate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / N);
+    // Without a backward pass the GELU is fused into the matmul, whose polynomial is oneDNN's.
+    CHECK(std::abs(inference->loss() - loss) <= 4 * kRealEpsilon * loss);
+}
+
+} // namespace trainer
