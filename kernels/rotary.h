@@ -23,7 +23,7 @@ struct Rotary {
 };
 
 struct RotaryShape {
-    int64_t B, T, H, D;
+    int64_t B, T, H, D;                 // D at most 256
     int64_t position0 = 0;              // position of t = 0, for decoding with a KV cache and for parts of a ring
     const int32_t* positions = nullptr; // (B,T) or null; restarts at document boundaries need it
 };
