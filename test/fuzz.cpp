@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
@@ -12,20 +13,27 @@
 #include <random>
 #include <vector>
 
-#include <bit>
-
+// What the trainers include, so that only their own parts land in these namespaces: both call them alike.
+#include "../kernels/attention.h"
+#include "../kernels/embedding.h"
+#include "../kernels/layernorm.h"
+#include "../kernels/matmul.h"
 #include "../kernels/rotary.h"
+#include "../runtime/errors.h"
+#include "../runtime/random.h"
 #include "../runtime/rope.h"
+#include "../runtime/transformer.h"
 
 #define main trainer_main
+namespace gpt2 {
 #include "../train_gpt2.cu"
-namespace pythia { // both trainers call their parts alike
+}
+namespace pythia {
 #include "../train_pythia.cu"
 }
 #undef main
 
 #include "../runtime/checkpoint.h"
-#include "../runtime/errors.h"
 #include "../runtime/shards.h"
 #include "../runtime/tokenizer.h"
 #include "scratch.h"
@@ -303,19 +311,19 @@ TEST_CASE("Pythia weights") {
 TEST_CASE("GPT-2 weights and optimizer states") {
     ScratchFolder folder(scratch_parent());
     Device device(0);
-    Gpt2Config tiny{{4, 3, 128, 1, 1, 32}};
+    gpt2::Gpt2Config tiny{{4, 3, 128, 1, 1, 32}};
     std::string header = file_of_ints({20240326, 3, 4, 3, 1, 1, 32, 128, 1, 9});
     std::string tensors(gpt2_tensors(tiny).count() * sizeof(float), 0x3c);
     attack_weights(folder.path(), header, gpt2_tensors(tiny).count(), 10, [&](const MappedFile& file) {
-        Gpt2Config config;
+        gpt2::Gpt2Config config;
         FileType type = read_config(file, config);
         demand(config.tied >= 0, "the rule can be");
-        auto model = std::make_unique<Gpt2>(device, config, 1, 1, false);
+        auto model = std::make_unique<gpt2::Gpt2>(device, config, 1, 1, false);
         model->read_file(file, type, config, Options());
         return std::pair(type, std::move(model));
     });
 
-    Gpt2 model(device, tiny, 1, 1, true);
+    gpt2::Gpt2 model(device, tiny, 1, 1, true);
     auto read_states = [&](const std::string& bytes) {
         put_file(folder / "optimizer.bin", bytes);
         read_state(device, MappedFile(folder / "optimizer.bin"), model.tensors());
