@@ -265,9 +265,8 @@ def back(args):
     config = hf_config.config_of(written, context, eot, path)
     factor = context / header.original
     if header.family == NEOX and hf_config.MODES[header.mode] == "yarn" and factor != header.scale:
-        warn(f"transformers 4.50 and its neighbours would take {factor:g}, the context over the original one, for the "
-             f"factor of yarn instead of {header.scale:g}; use a later one, or --context "
-             f"{round(header.original * header.scale)}")
+        warn(f"releases of transformers about 4.51 take {factor:g}, the context over the original one, for yarn's factor "
+             f"instead of {header.scale:g}; use a later one, or --context {round(header.original * header.scale)}")
     with contextlib.ExitStack() as stack:
         handle = os.open(path, os.O_RDONLY)
         stack.callback(os.close, handle)

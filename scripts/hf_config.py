@@ -10,8 +10,8 @@ that says two things.
     linear    linear           4.36 on
     dynamic   dynamic          4.36 on; it takes the original window from max_position_embeddings, so that is what
                                stands there, and the long context under "longhand"
-    yarn      yarn             5.x and late 4.x by factor and original_max_position_embeddings; about 4.50 computes the
-                               factor as the long context / the original one, which must then be the scale; before, not
+    yarn      yarn             4.57 and 5.x by factor and original_max_position_embeddings; 4.51 takes the long context
+                               over the original one for the factor, so that must be the scale; 4.46 cannot be right
 
 What HuggingFace has no place for (a dynamic model's context, ntk's mode and scale) is under "longhand". It is believed
 only where it means the same rotation as the settings beside it, so editing those is safe.

@@ -239,6 +239,15 @@ def test_what_config_json_says_of_rope(tmp_path):
     assert tanh["hidden_act"] == "gelu_new" and tanh["use_parallel_residual"] is False
 
 
+def test_a_yarn_that_some_releases_misread_is_told(tmp_path, capsys):
+    (tmp_path / "model.bin").write_bytes(binary("gpt_neox", model("gpt_neox"), words=t.neox_words(mode=4, scale=3.0, original=10)))
+    assert run(tmp_path / "model.bin", "--back", tmp_path / "hf") == 0
+    told = capsys.readouterr().err
+    assert "4, the context over the original one" in told and "instead of 3;" in told and "--context 30" in told
+    assert run(tmp_path / "model.bin", "--back", tmp_path / "other", "--context", 30) == 0
+    assert capsys.readouterr().err == ""
+
+
 OLD_AND_NEW = [
     ({}, dict(mode=0)),
     ({"rotary_emb_base": ..., "rotary_pct": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5e5,
@@ -252,7 +261,7 @@ OLD_AND_NEW = [
      dict(mode=4, scale=4.0, original=10)),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, dict(mode=4, scale=4.0)),
     ({"hidden_act": "gelu_fast", "use_parallel_residual": False}, dict(gelu=1, parallel=0)),
-    # 11.9 rotated dimensions would be 11; transformers cuts off, and so do we: 0.55 of 12 is 6.
+    # transformers cuts off, and so do we: 0.55 of 12 is 6.
     ({"rotary_pct": 0.55}, dict(mode=0)),
 ]
 
@@ -338,6 +347,17 @@ def test_tokenizer_binary_is_that_of_prepare(tokenizer, tmp_path, capsys):
     assert "own.bin" in capsys.readouterr().out
     assert run("--tokenizer", tmp_path / "own.json", "--to", tmp_path / "own.bin", "--force") == 0
     assert (tmp_path / "own.bin").read_bytes() == (tmp_path / "data" / "tokenizer.bin").read_bytes()
+
+
+def test_another_end_of_text(tokenizer, tmp_path, capsys):
+    made = json.loads(tokenizer.read_text())
+    made["added_tokens"][0]["content"] = "</s>"
+    made["model"]["vocab"] = {("</s>" if id_ == 0 else token): id_ for token, id_ in made["model"]["vocab"].items()}
+    (tmp_path / "other.json").write_text(json.dumps(made))
+    command = ["--tokenizer", tmp_path / "other.json", "--to", tmp_path / "tokenizer.bin"]
+    assert "--eot-token" in t.refused(capsys, *command)
+    assert run(*command, "--eot-token", "</s>") == 0
+    assert (tmp_path / "tokenizer.bin").read_bytes()[1024:1029] == b"\x04</s>"
 
 
 def test_tokenizer_goes_with_the_export(tokenizer, tmp_path, capsys, monkeypatch):
