@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What vs_llmc.sh and vs_torch.py share: one job, its input files, our trainer as a subprocess, and the ratio lines.
+"""What vs_llmc.sh, vs_torch.py and pythia_torch.py share: one job, its input files, our trainer as a subprocess, and the ratio lines.
 
 The job is one optimizer step of GPT-2 124M at B=4 T=64 on random weights and tokens (fixed seeds). The programs take
 turns, so that a machine that slows down slows them all. Run directly, it measures a built llm.c:
@@ -76,12 +76,14 @@ def environment(threads):
 class Ours:
     """One build of our trainer, e.g. build/cpu-bf16."""
 
-    def __init__(self, build, folder, threads):
-        self.binary, self.folder, self.threads = ROOT / build / "train_gpt2", folder, threads
+    def __init__(self, build, folder, threads, program="train_gpt2", weights=WEIGHTS, batch=B, context=T):
+        self.binary, self.folder, self.threads = ROOT / build / program, folder, threads
         self.precision = precision_of(build)
+        self.peak_percents = []  # of the steps so far: FLOPs against this run's measured matmul rate
+        self.job = ["--init", folder / weights, "--batch", batch, "--context", context]
 
     def run(self, *options):
-        command = [self.binary, "--init", self.folder / WEIGHTS, "--batch", B, "--context", T]
+        command = [self.binary, *self.job]
         command = [str(word) for word in (*command, *options)]
         done = subprocess.run(command, env=environment(self.threads), capture_output=True, text=True)
         if done.returncode:
@@ -100,7 +102,9 @@ class Ours:
         self.run("--train", self.folder / TRAIN, "--out", out, "--steps", steps, *habits)
         events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         shutil.rmtree(out)
-        return [e["ms"] for e in events if e["event"] == "step"][1:]
+        steps = [event for event in events if event["event"] == "step"][1:]
+        self.peak_percents += [event["peak_percent"] for event in steps]
+        return [event["ms"] for event in steps]
 
 
 class Llmc:

@@ -10,6 +10,7 @@ VENV holds dev/requirements-golden.txt. One line a ratio, for the dtype of each 
         BUILD/bench_attention prints, for each number of heads that it has.
 """
 import contextlib
+import functools
 import pathlib
 import re
 import statistics
@@ -27,22 +28,24 @@ ATTENTION_T, ATTENTION_D = 8192, 64
 
 
 class TorchStep:
-    """HuggingFace's GPT-2 124M with torch's fused AdamW, the fastest that needs no compiler."""
+    """A HuggingFace model with torch's fused AdamW, the fastest that needs no compiler. tokens() gives (B,T+1)."""
 
-    def __init__(self, kind):
-        config = transformers.GPT2Config(use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        self.model = transformers.GPT2LMHeadModel(config)
+    def __init__(self, model, kind, tokens):
+        self.model, self.tokens = model, tokens
         if kind == "pure bf16":
             self.model.to(torch.bfloat16)
         self.autocast = kind == "bf16 autocast"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
 
-    def step(self):
-        rows = torch.randint(job.V, (job.B, job.T + 1))
-        start = time.perf_counter()
+    def loss(self, rows):
         with torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext():
             logits = self.model(rows[:, :-1]).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+    def step(self):
+        rows = self.tokens()
+        start = time.perf_counter()
+        loss = self.loss(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -50,11 +53,17 @@ class TorchStep:
         loss = float(loss.detach())  # waits for the result
         milliseconds = 1e3 * (time.perf_counter() - start)
         if not loss < 12:
-            sys.exit(f"PyTorch's loss is {loss}; a fresh GPT-2 starts near ln V = 10.8")
+            sys.exit(f"PyTorch's loss is {loss}; a fresh model starts near ln V = 10.8")
         return milliseconds
 
     def turn(self, steps=4):
         return [self.step() for _ in range(steps)][1:]
+
+
+def gpt2_124m():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    )
 
 
 def compare_steps(args):
@@ -67,7 +76,8 @@ def compare_steps(args):
         lines = []
         for precision in wanted:
             programs = {f"ours {ours.precision}": ours for ours in builds if ours.precision == precision}
-            programs |= {f"PyTorch {kind}": TorchStep(kind) for kind in kinds[precision]}
+            tokens = functools.partial(torch.randint, job.V, (job.B, job.T + 1))
+            programs |= {f"PyTorch {kind}": TorchStep(gpt2_124m(), kind, tokens) for kind in kinds[precision]}
             times = job.take_turns(programs, args.turns)
             for kind in kinds[precision]:
                 theirs = times[f"PyTorch {kind}"]
