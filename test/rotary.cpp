@@ -206,6 +206,7 @@ TEST_CASE("every head dim, with none, a quarter and all of it rotated, in every 
 
 TEST_CASE("numbers of pairs that no pack fits, and head dims that no kernel of attention has") {
     for (int64_t dims : {2, 6, 10, 12, 24, 30, 48}) check_all(Setup({2, 3, 2, 64}, dims), {packed, gaps});
+    for (int64_t dims : {4, 20}) check_all(Setup({2, 3, 2, 256}, dims), {packed, odd});
     for (int64_t D : {2, 7, 24, 250}) check_all(Setup({2, 3, 2, D}, D / 2 * 2), {packed, cache});
 }
 
