@@ -4,10 +4,9 @@
 // a thread owns a unit: packs that hold whole pairs and nothing of another unit's. It then needs no other thread's
 // values, and nobody waits between reading and writing. With packs of N elements:
 //
-//   dims/2 a multiple of N     the packs at d and d + dims/2, N pairs                    dims = 16, 32, 64, ... in bf16
-//   4 pairs in bf16            one pack                                                  D = 32: |aaaabbbb|
-//   10 pairs in bf16           three packs, the last with four elements to spare         D = 80:
-//   |aaaaaaaa|aabbbbbb|bbbb....|
+//   dims/2 a multiple of N   the packs at d and d + dims/2     dims = 16, 32, 64, ... in bf16
+//   4 pairs in bf16          one pack                          D = 32: aaaabbbb
+//   10 pairs in bf16         three packs                       D = 80: aaaaaaaa aabbbbbb bbbb.... (four to spare)
 //
 // All other packs of a row, and all of v, are units of one pack that take the bias and nothing else. Other numbers of
 // pairs, odd strides and unaligned arrays go element by element.
@@ -29,9 +28,9 @@
 namespace {
 
 constexpr int kWide = Pack128<real>::size;
-constexpr int kThreads = 256;     // of a block, about
-constexpr int kMostThreads = 768; // D = 256 element by element: each of one head's 3·D alone
-constexpr int kTogether = 2;      // heads whose loads a thread has under way
+constexpr int kThreads = 256; // of a block, or those of one head where it has more: D = 256 in narrow packs
+constexpr int most_threads(int N) { return std::max(kThreads, int(3 * 2 * kMostRotaryPairs) / N); }
+constexpr int kTogether = 2; // heads whose loads a thread has under way
 
 struct Arrays {
     Heads<real> out[3]; // (B,T,H,D) each: queries, keys, values
@@ -48,7 +47,7 @@ struct Arrays {
 
 // Block (units of a head, heads, tokens). A unit is `kPacks` packs of N elements with `kPairs` pairs: elements i and
 // i + kPairs of it.
-template <int N, int kPacks, int kPairs> __global__ void __launch_bounds__(N == 1 ? kMostThreads : kThreads)
+template <int N, int kPacks, int kPairs> __global__ void __launch_bounds__(most_threads(N))
     rotate(Arrays a, Rotary rotary) {
     const int64_t b = blockIdx.x / a.blocks, first_token = int64_t(blockIdx.x % a.blocks) * a.tokens;
     const int units = a.half / kPairs; // of a row, that are rotated

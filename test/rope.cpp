@@ -56,6 +56,10 @@ TEST_CASE("turns are right to the last of their 64 bits") {
     const uint64_t one = 0x28BE60DB9391054A;
     const Rotary rotary = make_rotary({RopeMode::none, 8, 2048, 65536, 1}, 2048);
     for (int i = 0; i < 4; i++) CHECK(std::abs(int64_t(rotary.turns[i] - ((one >> 4 * i) + (i > 0)))) <= 1);
+    // Tenths, which a double does not hold.
+    const Rotary tenths = make_rotary({RopeMode::none, 8, 2048, 10000, 1}, 2048);
+    uint64_t power = 1;
+    for (int i = 0; i < 4; i++, power *= 10) CHECK(std::abs(int64_t(tenths.turns[i] - one / power)) <= 1);
     const Rotary linear = make_rotary({RopeMode::linear, 8, 2048, 65536, 16}, 2048);
     for (int i = 0; i < 3; i++) CHECK(linear.turns[i] == rotary.turns[i + 1]);
 }

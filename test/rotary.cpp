@@ -80,8 +80,9 @@ void check_values(const char* name, const Vector<real>& got, const std::vector<d
 }
 
 // How q, k and v lie: within one (B,T,H,3,D); apart as (B,T,H,D); apart as (B,H,T,D), longer than the T in use as in a
-// KV cache; apart with gaps between rows, of 16 bytes or an odd number of elements.
-enum Layout { packed, tokens, cache, gaps, odd, kLayouts };
+// KV cache; apart with 16 bytes between rows; apart with an odd number of elements between rows, tokens or sequences.
+enum Layout { packed, tokens, cache, gaps, odd_rows, odd_tokens, odd_sequences };
+constexpr auto kLayouts = {packed, tokens, cache, gaps, odd_rows, odd_tokens, odd_sequences};
 
 struct Parts {
     Vector<real> data;
@@ -89,16 +90,19 @@ struct Parts {
     RotaryShape shape;
 
     Parts(Layout layout, const RotaryShape& s) : shape(s) {
-        const int64_t gap = layout == gaps ? 16 / sizeof(real) : layout == odd ? 3 : 0, row = s.D + gap;
-        int64_t size = s.B * s.T * s.H * row, longer = s.T + 2;
-        if (layout == cache) size = s.B * s.H * longer * s.D;
+        const int64_t gap = layout == gaps ? 16 / sizeof(real) : layout == odd_rows ? 3 : 0, longer = s.T + 2;
+        auto even = [](int64_t n) { return (n + 15) / 16 * 16; }; // so that only what is named is odd
+        int64_t head = s.D + gap, token = s.H * head + (layout == odd_tokens ? 3 : 0);
+        if (layout == odd_rows) token = even(token);
+        int64_t batch = layout == odd_tokens ? even(s.T * token) : s.T * token;
+        if (layout == odd_sequences) batch += 3;
+        if (layout == cache) token = s.D, head = longer * s.D, batch = s.H * head;
+        const int64_t size = even(s.B * batch);
         data = poisoned<real>(3 * size);
-        for (int i = 0; i < 3; i++) {
-            real* p = data.data() + i * size;
-            heads[i] = {p, s.T * s.H * row, s.H * row, row};
-            if (layout == packed) heads[i] = rotary_part(data.data(), i, s);
-            if (layout == cache) heads[i] = {p, s.H * longer * s.D, s.D, longer * s.D};
-        }
+        for (int i = 0; i < 3; i++) heads[i] = {data.data() + i * size, batch, token, head};
+        if (layout != packed) return;
+        data = poisoned<real>(s.B * s.T * s.H * 3 * s.D);
+        for (int i = 0; i < 3; i++) heads[i] = rotary_part(data.data(), i, s);
     }
     template <class Use> void each(Use use) {
         int64_t n = 0;
@@ -132,7 +136,7 @@ void backward(real* dqkv, const Parts& from, const Setup& in) {
 }
 
 // Forward with a bias and without, and backward, in every layout and in place.
-void check_all(const Setup& in, std::initializer_list<Layout> layouts = {packed, tokens, cache, gaps, odd}) {
+void check_all(const Setup& in, std::initializer_list<Layout> layouts = kLayouts) {
     const RotaryShape& s = in.shape;
     CAPTURE(s.B);
     CAPTURE(s.T);
@@ -206,6 +210,7 @@ TEST_CASE("every head dim, with none, a quarter and all of it rotated, in every 
 
 TEST_CASE("numbers of pairs that no pack fits, and head dims that no kernel of attention has") {
     for (int64_t dims : {2, 6, 10, 12, 24, 30, 48}) check_all(Setup({2, 3, 2, 64}, dims), {packed, gaps});
+    for (int64_t dims : {4, 20}) check_all(Setup({2, 3, 2, 256}, dims), {packed, odd_rows});
     for (int64_t D : {2, 7, 24, 250}) check_all(Setup({2, 3, 2, D}, D / 2 * 2), {packed, cache});
 }
 
@@ -299,7 +304,7 @@ TEST_CASE("no tokens") {
 
 // Three rows of one axis lie 2^30 elements apart, the others close together; forward writes there, backward reads.
 TEST_CASE("strides that pass 2^31 elements") {
-    const int64_t D = 64, far = int64_t(1) << 30;
+    const int64_t D = 256, far = int64_t(1) << 30; // heads so wide that a GPU's block takes them one after the other
     for (int axis = 0; axis < 3; axis++) {
         CAPTURE(axis);
         Setup in({axis == 0 ? 3 : 1, axis == 1 ? 3 : 1, axis == 2 ? 3 : 1, D, 9}, 16);
