@@ -37,7 +37,8 @@ const Family kGpt2Family = {
     "train_gpt2",
     "GPT-2",
     "Trains GPT-2 from scratch or from an llm.c weights file, on pre-tokenised shards.",
-    {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}, {"774M", {36, 1280, 20}}, {"1558M", {48, 1600, 25}}}};
+    {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}, {"774M", {36, 1280, 20}}, {"1558M", {48, 1600, 25}}},
+    false};
 
 Gpt2Config config_from_options(const Options& options) {
     ModelSize size = find_model_size(options.model, kGpt2Family);
@@ -52,18 +53,18 @@ Gpt2Config config_from_options(const Options& options) {
 
 // The model that goes on from `file` at context T: with a longer position table, or with positions that repeat.
 Gpt2Config stretch(const Gpt2Config& file, const Options& options, int64_t T, const std::string& path) {
+    if (T <= file.maxT) return file;
     Gpt2Config config = file;
     const std::string& positions = options.positions;
-    if (positions.empty() && file.tied) config.tied = T;
-    if (T <= file.maxT || config.tied) return config;
+    if (positions == "tied" || (positions.empty() && file.tied)) {
+        config.tied = T;
+        return config;
+    }
     if (positions.empty())
         throw BadInput("--context " + std::to_string(T) + " is longer than the position table of " + path + ", " +
                        std::to_string(file.maxT) +
-                       " rows; choose how it grows: --positions tile, tied, interpolate or fresh");
-    if (positions == "tied")
-        config.tied = T;
-    else
-        config.maxT = T, config.tied = 0;
+                       " rows; say how it is to grow: --positions tile, tied, interpolate or fresh");
+    config.maxT = T, config.tied = 0;
     return config;
 }
 

@@ -49,7 +49,8 @@ const Family kPythiaFamily = {"train_pythia",
                                {"1.4b", {24, 2048, 16}},
                                {"2.8b", {32, 2560, 32}},
                                {"6.9b", {32, 4096, 32}},
-                               {"12b", {36, 5120, 40}}}};
+                               {"12b", {36, 5120, 40}}},
+                              true};
 
 constexpr int64_t kTrainedContext = 2048;
 

@@ -85,13 +85,14 @@ class Vocabulary:
     def decode(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.tokens[index] for index in ids)
 
-    def write(self, folder: str):
+    def binary(self) -> bytes:
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:4] = TOKENIZER_MAGIC, TOKENIZER_VERSION, self.size, self.eot
+        return header.tobytes() + b"".join(struct.pack("B", len(token)) + token for token in self.tokens)
+
+    def write(self, folder: str):
         with open(os.path.join(folder, "tokenizer.bin"), "wb") as file:
-            file.write(header.tobytes())
-            for token in self.tokens:
-                file.write(struct.pack("B", len(token)) + token)
+            file.write(self.binary())
         with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8", newline="") as file:
             file.write(self.text)
 

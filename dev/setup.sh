@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Everything that `make demo` and `make test` need, on a fresh Debian or Ubuntu machine: packages through apt, and a
 # Python venv from requirements.txt. Without root it prints the one line to run. Does nothing where all is there.
-#   dev/setup.sh build|demo|test
+#   dev/setup.sh build|tools|demo|test      tools: what build has, and the Python tools
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(g++ make libdnnl-dev libcli11-dev nlohmann-json3-dev libxxhash-dev)
-case "${1:?build, demo or test}" in
+case "${1:?build, tools, demo or test}" in
 build) ;;
+tools) packages+=(python3-venv) ;;
 demo) packages+=(python3-venv bible-kjv) ;;
 test) packages+=(python3-venv doctest-dev clang-format libboost-context-dev binutils) ;;
 *)
-    echo "setup.sh: $1: build, demo or test" >&2
+    echo "setup.sh: $1: build, tools, demo or test" >&2
     exit 2
     ;;
 esac

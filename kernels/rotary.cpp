@@ -1,5 +1,4 @@
-// Rotary positions on the CPU: threads take runs of tokens, compute a token's angles once and go through its rows. A
-// row is turned to floats, gets its bias, is rotated and rounded, all in L1.
+// Rotary positions on the CPU: threads take runs of tokens, compute a token's angles once and go through its rows.
 #include "rotary.h"
 
 #include <algorithm>
@@ -9,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kMostD = 2 * kMostRotaryPairs;
+constexpr int64_t kMostD = 2 * kMostRotaryPairs, kMostVectors = kMostRotaryPairs / kLanes;
 
 // Of one token, f·cos θ and f·sin θ for each pair; past the last pair there is room for a vector to end.
 struct Angles {
@@ -30,29 +29,40 @@ Vec select(int64_t count, Vec a, Vec b) {
     return lane < int32_t(std::min<int64_t>(count, kLanes)) ? a : b;
 }
 
-// The two halves of row's first 2·half dims. The last vector of a half reaches into the other half or past it: what it
-// stores there is what it read, and the other half is stored later.
-void rotate(float* row, const Angles& angles, int64_t half) {
-    for (int64_t i = 0; i < half; i += kLanes) {
-        float *first = row + i, *second = row + half + i;
-        Vec x1 = load(first), x2 = load(second), cos = load(angles.cos + i), sin = load(angles.sin + i);
-        Vec y1 = x1 * cos - x2 * sin, y2 = x2 * cos + x1 * sin;
-        store(first, select(half - i, y1, x1));
-        store(second, select(half - i, y2, x2));
+// out (D) = in (D) + bias (D) or null, its first 2·half dims rotated. out may be in, so these are read and rotated
+// first, and written last: over what the pass over the whole row has put there. The last vector of each half reaches
+// past it, and keeps what it read there.
+void rotate_row(real* out, const real* in, const real* bias, const Angles& angles, int64_t half, int64_t D) {
+    const int64_t vectors = (half + kLanes - 1) / kLanes;
+    auto sum = [&](int64_t d) { return bias ? load(in + d) + load(bias + d) : load(in + d); };
+    Vec first[kMostVectors], second[kMostVectors];
+    for (int64_t n = 0; n < vectors; n++) {
+        const int64_t i = n * kLanes;
+        Vec x1 = sum(i), x2 = sum(half + i), cos = load(angles.cos + i), sin = load(angles.sin + i);
+        first[n] = select(half - i, x1 * cos - x2 * sin, x1);
+        second[n] = select(half - i, x2 * cos + x1 * sin, x2);
     }
+    if (bias) {
+        int64_t d = 0;
+        for (; d + kLanes <= D; d += kLanes) store(out + d, sum(d));
+        for (; d < D; d++) assign(out[d], to_float(in[d]) + to_float(bias[d]));
+    } else if (out != in) {
+        memcpy(out, in, D * sizeof(real));
+    }
+    for (int64_t n = 0; n < vectors; n++) store(out + n * kLanes, first[n]);
+    for (int64_t n = 0; n < vectors; n++) store(out + half + n * kLanes, second[n]);
 }
 
-// out (D) = in (D) + bias (D) or null, its first 2·half dims rotated. out may be in.
-void rotate_row(real* out, const real* in, const real* bias, const Angles& angles, int64_t half, int64_t D) {
-    float row[kMostD + 2 * kLanes];
-    const int64_t floats = bias ? D : 2 * half; // what is not copied as it is
-    int64_t d = 0;
-    for (; d + kLanes <= floats; d += kLanes) store(row + d, bias ? load(in + d) + load(bias + d) : load(in + d));
-    for (; d < floats; d++) row[d] = to_float(in[d]) + (bias ? to_float(bias[d]) : 0);
-    if (half) rotate(row, angles, half);
-    for (d = 0; d + kLanes <= floats; d += kLanes) store(out + d, load(row + d));
-    for (; d < floats; d++) assign(out[d], row[d]);
-    if (floats < D && out != in) memcpy(out + floats, in + floats, (D - floats) * sizeof(real));
+// The same where those vectors would reach past the row's end.
+void rotate_short_row(real* out, const real* in, const real* bias, const Angles& angles, int64_t half, int64_t D) {
+    float row[kMostD];
+    for (int64_t d = 0; d < D; d++) row[d] = to_float(in[d]) + (bias ? to_float(bias[d]) : 0);
+    for (int64_t i = 0; i < half; i++) {
+        const float x1 = row[i], x2 = row[half + i];
+        row[i] = x1 * angles.cos[i] - x2 * angles.sin[i];
+        row[half + i] = x2 * angles.cos[i] + x1 * angles.sin[i];
+    }
+    for (int64_t d = 0; d < D; d++) assign(out[d], row[d]);
 }
 
 // out[s] (B,T,H,D) = in[s], for s of query, key and value; the sine's sign is that of forward or of its transpose.
@@ -60,6 +70,7 @@ void rotate_all(const Heads<real> (&out)[3], const Heads<const real> (&in)[3], c
                 const RotaryShape& shape, float sign) {
     const int64_t T = shape.T, H = shape.H, D = shape.D, half = rotary.dims / 2;
     require(D <= kMostD && rotary.dims <= D && rotary.dims % 2 == 0, "rotary: dims must be even, at most D <= 256");
+    const auto row = half + (half + kLanes - 1) / kLanes * kLanes <= D ? rotate_row : rotate_short_row;
     parallel_ranges(shape.B * T, 1, [&](int64_t begin, int64_t end, int) {
         Angles angles;
         for (int64_t n = begin; n < end; n++) {
@@ -67,8 +78,8 @@ void rotate_all(const Heads<real> (&out)[3], const Heads<const real> (&in)[3], c
             angles.set(rotary, shape.positions ? shape.positions[n] : shape.position0 + t, sign);
             for (int64_t h = 0; h < H; h++)
                 for (int s = 0; s < 3; s++)
-                    rotate_row(out[s].row(b, t, h), in[s].row(b, t, h), bias ? bias + (h * 3 + s) * D : nullptr, angles,
-                               s < 2 ? half : 0, D);
+                    row(out[s].row(b, t, h), in[s].row(b, t, h), bias ? bias + (h * 3 + s) * D : nullptr, angles,
+                        s < 2 ? half : 0, D);
         }
     });
 }

@@ -23,7 +23,7 @@ struct Rotary {
 };
 
 struct RotaryShape {
-    int64_t B, T, H, D;
+    int64_t B, T, H, D;                 // D at most 256
     int64_t position0 = 0;              // position of t = 0, for decoding with a KV cache and for parts of a ring
     const int32_t* positions = nullptr; // (B,T) or null; restarts at document boundaries need it
 };
@@ -49,8 +49,9 @@ inline Cost rotary_forward_cost(const RotaryShape& s, int64_t dims) {
     double n = double(s.B) * s.T, values = n * 3 * s.H * s.D;
     return {values * sizeof(real), values * sizeof(real), values + n * (2.0 * s.H * dims * 3 + 10.0 * dims)};
 }
-inline Cost rotary_backward_cost(const RotaryShape& s, int64_t dims) {
-    double n = double(s.B) * s.T, values = n * 3 * s.H * s.D;
+// In place only what is rotated moves.
+inline Cost rotary_backward_cost(const RotaryShape& s, int64_t dims, bool in_place = false) {
+    double n = double(s.B) * s.T, values = n * s.H * (in_place ? 2.0 * dims : 3.0 * s.D);
     return {values * sizeof(real), values * sizeof(real), n * (2.0 * s.H * dims * 3 + 10.0 * dims)};
 }
 
@@ -60,7 +61,7 @@ struct CosSin {
     float cos, sin;
 };
 
-// cos and sin of an angle in 64-bit turns, each within 1e-7: the nearest quarter of a turn is taken off in integers,
+// cos and sin of an angle in 64-bit turns, each within 1.3e-7: the nearest quarter of a turn is taken off in integers,
 // and the rest, at most π/4 either way, goes through Cephes' polynomials (sinf, cosf).
 LONGHAND_HD inline CosSin cos_sin_of_turns(uint64_t angle) {
     const uint64_t quarter = (angle + (uint64_t(1) << 61)) >> 62;              // mod 4

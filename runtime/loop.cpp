@@ -59,7 +59,9 @@ int64_t choose_vocab(const Options& options, int64_t family_vocab) {
 // know.
 class Text {
 public:
-    Text(const Options& options, int64_t V) {
+    Text(const Options& options, const Model& model) {
+        const int64_t V = model.vocab();
+        first_ = model.family().end_of_text_first ? 0 : static_cast<int32_t>(V - 1);
         for (int32_t id : options.prompt_tokens)
             if (id < 0 || id >= V)
                 throw BadInput("--prompt-tokens: " + std::to_string(id) + " is not below the vocabulary of " +
@@ -69,6 +71,7 @@ public:
         if (tokenizer_->size() > V)
             throw BadInput(options.tokenizer + ": " + std::to_string(tokenizer_->size()) +
                            " tokens, but the model has only " + std::to_string(V));
+        if (tokenizer_->end_of_text() >= 0) first_ = tokenizer_->end_of_text();
     }
     std::string decode(const std::vector<int32_t>& ids) const {
         if (tokenizer_) return valid_utf8(tokenizer_->decode(ids));
@@ -77,20 +80,18 @@ public:
         return text;
     }
     // What a sample without a prompt starts from: end of text, which stands before every document.
-    int32_t first_token(int64_t V) const {
-        int32_t id = tokenizer_ ? tokenizer_->end_of_text() : -1;
-        return id >= 0 ? id : static_cast<int32_t>(V - 1);
-    }
+    int32_t first_token() const { return first_; }
 
 private:
     std::unique_ptr<Tokenizer> tokenizer_;
+    int32_t first_;
 };
 
 static std::string generate(const Options& options, Model& model, const Text& text, uint64_t stream) {
     int64_t V = model.vocab(), T = model.context();
     std::vector<int32_t> ids = options.prompt_tokens;
     bool prompted = !ids.empty();
-    if (!prompted) ids = {text.first_token(V)};
+    if (!prompted) ids = {text.first_token()};
     std::vector<float> logits(V);
     int64_t window = 0, cached = 0; // rows of ids[window…] that the model has seen
     for (int64_t i = 0; i < options.sample_tokens; i++) {
@@ -174,7 +175,7 @@ private:
 };
 
 Run::Run(Options& options, const Device& device, Model& model, const Start& start)
-    : options_(options), device_(device), model_(model), text_(options, model.vocab()) {
+    : options_(options), device_(device), model_(model), text_(options, model) {
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro;
@@ -367,7 +368,7 @@ static void evaluate(const Options& options, Model& model) {
         printf("val_loss %.6f\n", Validation(options, model).mean_loss(model));
         return;
     }
-    Text text(options, model.vocab()); // refuses tokens that the model does not know
+    Text text(options, model); // refuses tokens that the model does not know
     if (options.eval == "logits")
         print_logits(options, model);
     else

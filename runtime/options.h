@@ -59,6 +59,7 @@ struct Family {
     std::string name;              // "GPT-2"
     std::string description;       // first paragraph of --help
     std::vector<NamedSize> models; // "tiny" and "L,C,H" are always there
+    bool end_of_text_first;        // its tokenizers' end of text is token 0, not the last one
 };
 
 // Parses the command line over --config FILE over, with --resume, OUT/options.toml; checks every value and what they

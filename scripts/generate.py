@@ -5,6 +5,7 @@ scripts/generate.py demo/run "In the beginning" --tokens 200 --temperature 0.8
 """
 
 import argparse
+import glob
 import os
 import struct
 import subprocess
@@ -18,6 +19,7 @@ except ImportError:  # Python 3.10
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOKENIZER_MAGIC = 20240328
+TRAINERS = {20240326: "train_gpt2", 20261124: "train_pythia"}  # by the magic of the weights
 
 
 class Refused(Exception):
@@ -44,6 +46,22 @@ def recorded_tokenizer(run: str) -> str:
         if os.path.isfile(path):
             return path
     raise Refused(f"{options} names the tokenizer {named}, which is not there; name it with --tokenizer FILE.bin")
+
+
+def trainer_of(run: str) -> str:
+    """The program for the weights of a run, a checkpoint or a weights file."""
+    pattern = os.path.join(glob.escape(run), "**", "model.bin")
+    files = [run] if os.path.isfile(run) else sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise Refused(f"{run}: no checkpoint in this folder")
+    try:
+        with open(files[-1], "rb") as file:
+            magic = int.from_bytes(file.read(4), "little")
+    except OSError as error:
+        raise Refused(f"{files[-1]}: cannot be read ({error.strerror})") from error
+    if magic not in TRAINERS:
+        raise Refused(f"{files[-1]}: not a weights file (data/FORMATS.md)")
+    return os.path.join(HOUSE, TRAINERS[magic])
 
 
 def vocabulary_size(path: str) -> int:
@@ -90,7 +108,8 @@ def generate(args) -> int:
     if not os.path.isdir(args.run) and not args.tokenizer:
         raise Refused(f"{args.run}: is a weights file, which names no tokenizer; add --tokenizer FILE.bin")
     tokenizer = args.tokenizer or recorded_tokenizer(args.run)
-    command = [args.trainer, "--eval", "sample", "--init", args.run, "--tokenizer", tokenizer]
+    trainer = args.trainer or trainer_of(args.run)
+    command = [trainer, "--eval", "sample", "--init", args.run, "--tokenizer", tokenizer]
     if args.text:  # without a prompt the trainer begins a text
         try:
             args.text.encode()
@@ -104,9 +123,9 @@ def generate(args) -> int:
     try:
         done = subprocess.run(command, stderr=subprocess.PIPE)
     except FileNotFoundError as error:
-        raise Refused(f"{args.trainer}: no such program; build it with make, or name it with --trainer") from error
+        raise Refused(f"{trainer}: no such program; build it with make, or name it with --trainer") from error
     except OSError as error:  # not executable, or a prompt longer than a command line
-        raise Refused(f"{args.trainer}: cannot be started ({error.strerror})") from error
+        raise Refused(f"{trainer}: cannot be started ({error.strerror})") from error
     if done.returncode:  # its header and progress are noise, but the reason it failed is not
         sys.stderr.write(done.stderr.decode(errors="replace"))
         return done.returncode if done.returncode > 0 else 128 - done.returncode
@@ -122,7 +141,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser = OneLineParser(
         prog="generate.py",
         description="Continues a text with a trained model.",
-        epilog="What is not said here, the trainer chooses (train_gpt2 --help).",
+        epilog="What is not said here, the trainer chooses (see its --help).",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, or a weights file together with --tokenizer")
     parser.add_argument(
@@ -136,7 +155,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         "--tokenizer", metavar="FILE", help="tokenizer.bin, its tokenizer.json beside it (what the run names)"
     )
     parser.add_argument(
-        "--trainer", metavar="PATH", default=os.path.join(HOUSE, "train_gpt2"), help="the trainer (./train_gpt2)"
+        "--trainer", metavar="PATH", help="the trainer (./train_gpt2 or ./train_pythia, as the weights ask for)"
     )
     try:
         return generate(parser.parse_args(argv))

@@ -157,3 +157,20 @@ def test_a_failing_trainer_is_heard(run, trainer):
         file.write("# --fail\n")
     done = generate(run, "x", "--trainer", trainer)
     assert done.returncode == 3 and done.stderr == "the checkpoint is torn\n"
+
+
+def test_the_weights_choose_the_trainer(tmp_path):
+    from generate import HOUSE, Refused, trainer_of
+
+    for magic, name in ((20240326, "train_gpt2"), (20261124, "train_pythia")):
+        folder = tmp_path / name
+        (folder / "step_00000010").mkdir(parents=True)
+        weights = folder / "step_00000010" / "model.bin"
+        weights.write_bytes(struct.pack("<i", magic) + bytes(1020))
+        for path in (folder, folder / "step_00000010", weights):
+            assert trainer_of(str(path)) == os.path.join(HOUSE, name)
+    weights.write_bytes(bytes(1024))
+    (tmp_path / "empty").mkdir()
+    for path in (weights, tmp_path / "empty"):
+        with pytest.raises(Refused):
+            trainer_of(str(path))

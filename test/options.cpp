@@ -18,8 +18,9 @@ namespace {
 
 using Words = std::vector<std::string>;
 
-const Family kFamily = {"train_gpt2", "GPT-2", "Trains GPT-2.", {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}}};
-const Family kPythia = {"train_pythia", "Pythia", "Trains Pythia.", {{"70m", {6, 512, 8}}}};
+const Family kFamily = {
+    "train_gpt2", "GPT-2", "Trains GPT-2.", {{"124M", {12, 768, 12}}, {"355M", {24, 1024, 16}}}, false};
+const Family kPythia = {"train_pythia", "Pythia", "Trains Pythia.", {{"70m", {6, 512, 8}}}, true};
 
 Options parse(Words words, const Family& family = kFamily) {
     words.insert(words.begin(), family.program);

@@ -27,7 +27,8 @@ SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
 LAUNCHES = ROOT / "build" / "launches.txt"
 DEVICE_ONLY = {"attention_backends"}  # compares kernels that only a GPU has
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.
-SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding"]
+SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding",
+             "rotary", "rope"]
 DOCTEST = re.compile(r"test cases:\s*(\d+)\s*\|\s*(\d+) passed\s*\|\s*(\d+) failed\s*\|\s*(\d+) skipped")
 
 

@@ -17,6 +17,7 @@
 #include "../kernels/gelu.h"
 #include "../kernels/global_norm.h"
 #include "../kernels/layernorm.h"
+#include "../kernels/rotary.h"
 
 using simt::Traffic;
 
@@ -180,6 +181,44 @@ TEST_CASE("embedding, every token another row") {
                                           inputs.data(), scratch, shape);
                    }),
                    cost, {kBf16 ? 2.0 : 1.4, kBf16 ? 2.0 : 1.05, true});
+    }
+}
+
+// Heads of every size with a quarter of them rotated. The bias comes from the caches for each token, as many bytes as
+// the row. A thread's packs are an access each, so that a sector which two of them share is taken twice: in bf16 two of
+// the twelve sectors of a head of 64, four of the fifteen of a head of 80; in floats two of the twelve of a head of 32,
+// and six of the thirty of a head of 80, whose 10 pairs make accesses of 8 bytes.
+TEST_CASE("rotary: everything once, apart or in place; in place without a bias only what turns") {
+    const int64_t T = 64, H = 8;
+    for (int64_t D : {32, 64, 80, 128, 256}) {
+        CAPTURE(D);
+        Rotary rotary;
+        rotary.dims = D / 4;
+        std::iota(rotary.turns, rotary.turns + rotary.dims / 2, uint64_t(1) << 50);
+        const RotaryShape shape{1, T, H, D};
+        const int64_t values = T * H * 3 * D;
+        Vector<real> qkv = random_normal<real>(values, 1), bias = random_normal<real>(H * 3 * D, 2), out(values);
+        auto apart = [&](int s) { return Heads<real>{out.data() + s * T * H * D, T * H * D, H * D, D}; };
+        auto read = [&](int s) { return rotary_part(static_cast<const real*>(out.data()), s, shape); };
+        const double twice = D == 80 ? (kBf16 ? 4 / 15. : 6 / 30.) : D == (kBf16 ? 64 : 32) ? 2 / 12. : 0;
+        const Cost cost = rotary_forward_cost(shape, rotary.dims), back = rotary_backward_cost(shape, rotary.dims);
+        check_cost(counted([&] {
+                       rotary_forward(nullptr, apart(0), apart(1), apart(2), qkv.data(), bias.data(), rotary, shape);
+                   }),
+                   cost, {2 * (1 + twice), 1 + twice});
+        check_cost(counted([&] {
+                       rotary_forward(nullptr, rotary_part(qkv.data(), 0, shape), rotary_part(qkv.data(), 1, shape),
+                                      rotary_part(qkv.data(), 2, shape), qkv.data(), bias.data(), rotary, shape);
+                   }),
+                   cost, {2 * (1 + twice), 1 + twice});
+        check_cost(counted([&] { rotary_backward(nullptr, qkv.data(), read(0), read(1), read(2), rotary, shape); }),
+                   back, {1 + twice, 1 + twice});
+        // A sector is the least that moves: of 8 dims in bf16 it is twice what turns.
+        Traffic t = counted([&] { rotary_backward(nullptr, out.data(), read(0), read(1), read(2), rotary, shape); });
+        const double bytes = 2.0 * T * H * ((rotary.dims * sizeof(real) + 31) / 32 * 32);
+        CHECK(kSector * t.read.unique == bytes);
+        CHECK(kSector * t.written.unique == bytes);
+        CHECK(bytes <= 2 * rotary_backward_cost(shape, rotary.dims, true).read);
     }
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels train GPT-2 as the CPU's do: the same ten steps of a tiny model, under dev/simt and on the CPU."""
+"""The CUDA kernels train both families as the CPU's do: the same ten steps of a tiny model, under dev/simt and on the CPU."""
 import json
 import pathlib
 import subprocess
@@ -18,9 +18,9 @@ import compare_losses  # noqa: E402
 BOUNDS = {"": 1e-5, "-bf16": 4e-4}
 
 
-def train(build, folder, shard):
+def train(trainer, build, folder, shard):
     done = subprocess.run(
-        [ROOT / "build" / build / "train_gpt2", "--model", "tiny", "--vocab", "256", "--train", shard, "--out", folder,
+        [ROOT / "build" / build / trainer, "--model", "tiny", "--vocab", "256", "--train", shard, "--out", folder,
          "--context", "70", "--batch", "2", "--tokens-per-step", "140", "--steps", "10", "--lr", "3e-3", "--warmup", "2",
          "--seed", "3", "--save-every", "0"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -28,11 +28,12 @@ def train(build, folder, shard):
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
-def test_ten_steps_under_simt_have_the_losses_of_the_cpu(tmp_path, precision):
+@pytest.mark.parametrize("trainer", ["train_gpt2", "train_pythia"])
+def test_ten_steps_under_simt_have_the_losses_of_the_cpu(tmp_path, trainer, precision):
     shard = tmp_path / "train.bin"
     subprocess.run([sys.executable, ROOT / "dev" / "markov_shard.py", shard, "--tokens", "4000"], check=True)
-    cpu, _ = train("cpu" + precision, tmp_path / "cpu", shard)
-    simt, said = train("simt" + precision, tmp_path / "simt", shard)
+    cpu, _ = train(trainer, "cpu" + precision, tmp_path / "cpu", shard)
+    simt, said = train(trainer, "simt" + precision, tmp_path / "simt", shard)
     assert "simt " + (precision[1:] or "fp32") in said
     want, got = ([line["loss"] for line in log if line["event"] == "step"] for log in (cpu, simt))
     assert len(want) == 10 and want[-1] < want[0] - 0.15

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Does an exported HuggingFace directory compute in transformers what the trainer computes?
+
+    python -m venv VENV && VENV/bin/pip install -r dev/requirements-golden.txt
+    VENV/bin/python scripts/check_hf.py DIR --tokens tokens.npy --logits logits.npy    # compare with the trainer's
+    VENV/bin/python scripts/check_hf.py DIR --tokens tokens.npy --save logits.npy      # write transformers' own
+
+tokens.npy is (B,T) or (T) whole numbers, logits.npy (B,T,V) or (T,V) numbers. The model runs in fp32 with its weights
+widened, one sequence at a time. It must load without a missing, unexpected or misshaped tensor and hold T tokens.
+Exits 1 if a tensor or the comparison is off, 2 on bad input. Needs torch and transformers; no test runs it.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+# Relative to the norm of the logits. Sums in fp32 in another order make about 1e-6; transformers' angles, which are
+# fp32, are off by position x 3e-8 radians on average, and logits follow at a part of that.
+BOUND, BOUND_PER_POSITION = 1e-5, 3e-8
+CHUNK = 1024  # positions whose logits are in memory at once
+
+
+class Refused(Exception):
+    """One line for the user; exit code 2."""
+
+
+def read_array(path: str, kinds: str, axes: int) -> np.ndarray:
+    try:
+        made = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path}: cannot be read as .npy ({error})") from error
+    if made.dtype.kind not in kinds or made.ndim not in (axes - 1, axes) or not made.size:
+        raise Refused(f"{path}: {made.dtype} of shape {made.shape} is not what is compared")
+    return made if made.ndim == axes else made[None]
+
+
+def load(folder: str, T: int):
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        written = json.load(file)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+    )
+    faults = {key: value for key, value in info.items() if value}
+    context = written.get("longhand", {}).get("context", model.config.max_position_embeddings)
+    print(f"{folder}: {type(model).__name__}, context {context:,}, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters, {faults or 'every tensor in its place'}")
+    if T > context:
+        raise Refused(f"{folder}: its context is {context:,} and the tokens are {T:,}")
+    return model.eval(), not faults
+
+
+@torch.no_grad()
+def check(args) -> int:
+    tokens = read_array(args.tokens, "iu", 2)  # (B,T)
+    B, T = tokens.shape
+    model, whole = load(args.dir, T)
+    V = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= V:
+        raise Refused(f"{args.tokens}: a token outside 0 to {V - 1}")
+    theirs = read_array(args.logits, "f", 3) if args.logits else None
+    if theirs is not None and theirs.shape != (B, T, V):
+        raise Refused(f"{args.logits}: {theirs.shape} numbers, but tokens and model make it {(B, T, V)}")
+    saved = np.lib.format.open_memmap(args.save, "w+", np.float32, (B, T, V)) if args.save else None
+    square = difference = worst = 0.0
+    where = (0, 0, 0)
+    for b in range(B):
+        ids = torch.from_numpy(tokens[b].astype(np.int64))[None]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1,T,C)
+        for t in range(0, T, CHUNK):
+            logits = model.get_output_embeddings()(hidden[:, t : t + CHUNK])[0].double().numpy()  # (CHUNK,V)
+            if saved is not None:
+                saved[b, t : t + CHUNK] = logits
+            if theirs is None:
+                continue
+            apart = np.abs(theirs[b, t : t + CHUNK].astype(np.float64) - logits)
+            apart[np.isnan(apart)] = np.inf
+            square += float((logits**2).sum())
+            difference += float((apart**2).sum())
+            if apart.max() > worst:
+                worst = float(apart.max())
+                row, token = np.unravel_index(int(apart.argmax()), apart.shape)
+                where = (b, t + int(row), int(token))
+    if theirs is not None:
+        relative = (difference / square) ** 0.5 if square else float("inf")
+        bound = args.bound if args.bound is not None else BOUND + BOUND_PER_POSITION * T
+        good = relative <= bound  # false for NaN
+        print(f"{B} x {T} x {V} logits: largest difference {worst:.3g} at (sequence, position, token) {where}, "
+              f"relative error {relative:.3g}, {'within' if good else 'ABOVE'} the bound {bound:.3g}")
+        whole = whole and good
+    return 0 if whole else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dir", metavar="DIR", help="HuggingFace directory, from convert_hf.py --back for instance")
+    parser.add_argument("--tokens", metavar="FILE.npy", required=True, help="(B,T) or (T) token ids")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--logits", metavar="FILE.npy", help="(B,T,V) or (T,V), the trainer's, to compare with")
+    what.add_argument("--save", metavar="FILE.npy", help="write transformers' logits, (B,T,V) fp32")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        metavar="X",
+        help=f"on the norm of the difference over that of the logits ({BOUND:g} + {BOUND_PER_POSITION:g} T)",
+    )
+    try:
+        return check(parser.parse_args())
+    except (Refused, OSError) as error:
+        print(f"check_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

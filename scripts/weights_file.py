@@ -1,0 +1,260 @@
+"""Weights files (data/FORMATS.md): their headers, the order of their tensors with HuggingFace's names beside them, and
+where a run's folder keeps its newest one."""
+
+import json
+import math
+import os
+import re
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Callable, Iterator, NamedTuple
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+from common import HEADER_BYTES, InputError  # noqa: E402
+
+GPT2, NEOX = "gpt2", "gpt_neox"  # as config.json's model_type says it
+MAGIC = {GPT2: 20240326, NEOX: 20261124}
+VERSION = {"fp32": 3, "bf16": 5, "fp16": 6}
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MODES = ("none", "linear", "ntk", "dynamic", "yarn")
+GELU_TANH, GELU_ERF = 1, 2
+VOCAB_MULTIPLE = 128  # rows of a token table are padded to it
+INT_MAX = 2**31 - 1
+WORDS = struct.Struct("<14i2d")  # all that a header says; the rest is zero
+STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.old")  # .old: whole, and about to be replaced (runtime/checkpoint.h)
+
+
+class Part(NamedTuple):
+    """A tensor of one layer, or one that belongs to none."""
+
+    name: str  # as data/FORMATS.md calls it, with its layer
+    hf: str  # HuggingFace's name, without the prefix that not every file has
+    shape: tuple[int, ...]  # in the file; (out, in)
+    hf_shape: tuple[int, ...]
+    transposed: bool = False  # HuggingFace keeps (in, out)
+    padded: bool = False  # HuggingFace has the first V rows, and the others are zero
+    tied: bool = False  # row p of HuggingFace's is row p mod maxT of ours
+
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Header:
+    """In the names of data/FORMATS.md; what a family does not have keeps its default."""
+
+    family: str
+    dtype: str
+    maxT: int
+    V: int
+    L: int
+    H: int
+    C: int
+    Vp: int
+    tied: int = 0
+    tied_context: int = 0
+    dims: int = 0
+    parallel: int = 1
+    gelu: int = GELU_ERF
+    mode: int = 0
+    softmax_temperature: int = 0
+    original: int = 1
+    base: float = 10000.0
+    scale: float = 1.0
+
+    def pack(self) -> bytes:
+        common = (MAGIC[self.family], VERSION[self.dtype], self.maxT, self.V, self.L, self.H, self.C, self.Vp)
+        if self.family == GPT2:
+            packed = WORDS.pack(*common, self.tied, self.tied_context, 0, 0, 0, 0, 0.0, 0.0)
+        else:
+            own = (self.dims, self.parallel, self.gelu, self.mode, self.softmax_temperature, self.original)
+            packed = WORDS.pack(*common, *own, self.base, self.scale)
+        return packed.ljust(HEADER_BYTES, b"\0")
+
+    def parts(self, hf_rows: int = 0) -> Iterator[Part]:
+        """In the file's order; HuggingFace's table of tied positions has `hf_rows` rows."""
+        for name, template, shape, transposed in TABLES[self.family]:
+            ours = shape(self)
+            if "{}" in template:
+                theirs = ours[::-1] if transposed else ours
+                for layer in range(self.L):
+                    yield Part(f"{name} of layer {layer}", template.format(layer), ours, theirs, transposed)
+            elif name in PADDED:
+                yield Part(name, template, ours, (self.V, self.C), padded=True)
+            elif name == "wpe" and self.tied:
+                yield Part(name, template, ours, (hf_rows, self.C), tied=True)
+            else:
+                yield Part(name, template, ours, ours)
+
+    def parameters(self) -> int:
+        """As the model has them, without the padding of the token tables."""
+        return sum(math.prod(part.hf_shape if part.padded else part.shape) for part in self.parts())
+
+    def stretched_base(self) -> float:
+        """The rotary base that transformers' plain rotation needs to turn as ntk does; Inf where it is too large."""
+        if MODES[self.mode] != "ntk":
+            return self.base
+        try:
+            return self.base * self.scale ** (self.dims / (self.dims - 2))
+        except OverflowError:
+            return math.inf
+
+    def bytes(self) -> int:
+        return HEADER_BYTES + ITEM_BYTES[self.dtype] * sum(part.count() for part in self.parts())
+
+
+PADDED = {"wte", "embedin", "embedout"}
+# Name, HuggingFace's name, shape, does HuggingFace keep the transpose (its Conv1D does)?
+TABLES: dict[str, tuple[tuple[str, str, Callable[[Header], tuple[int, ...]], bool], ...]] = {
+    GPT2: (
+        ("wte", "wte.weight", lambda h: (h.Vp, h.C), False),
+        ("wpe", "wpe.weight", lambda h: (h.maxT, h.C), False),
+        ("ln1w", "h.{}.ln_1.weight", lambda h: (h.C,), False),
+        ("ln1b", "h.{}.ln_1.bias", lambda h: (h.C,), False),
+        ("qkvw", "h.{}.attn.c_attn.weight", lambda h: (3 * h.C, h.C), True),
+        ("qkvb", "h.{}.attn.c_attn.bias", lambda h: (3 * h.C,), False),
+        ("attprojw", "h.{}.attn.c_proj.weight", lambda h: (h.C, h.C), True),
+        ("attprojb", "h.{}.attn.c_proj.bias", lambda h: (h.C,), False),
+        ("ln2w", "h.{}.ln_2.weight", lambda h: (h.C,), False),
+        ("ln2b", "h.{}.ln_2.bias", lambda h: (h.C,), False),
+        ("fcw", "h.{}.mlp.c_fc.weight", lambda h: (4 * h.C, h.C), True),
+        ("fcb", "h.{}.mlp.c_fc.bias", lambda h: (4 * h.C,), False),
+        ("fcprojw", "h.{}.mlp.c_proj.weight", lambda h: (h.C, 4 * h.C), True),
+        ("fcprojb", "h.{}.mlp.c_proj.bias", lambda h: (h.C,), False),
+        ("lnfw", "ln_f.weight", lambda h: (h.C,), False),
+        ("lnfb", "ln_f.bias", lambda h: (h.C,), False),
+    ),
+    NEOX: (
+        ("embedin", "embed_in.weight", lambda h: (h.Vp, h.C), False),
+        ("ln1w", "layers.{}.input_layernorm.weight", lambda h: (h.C,), False),
+        ("ln1b", "layers.{}.input_layernorm.bias", lambda h: (h.C,), False),
+        ("qkvw", "layers.{}.attention.query_key_value.weight", lambda h: (3 * h.C, h.C), False),
+        ("qkvb", "layers.{}.attention.query_key_value.bias", lambda h: (3 * h.C,), False),
+        ("attprojw", "layers.{}.attention.dense.weight", lambda h: (h.C, h.C), False),
+        ("attprojb", "layers.{}.attention.dense.bias", lambda h: (h.C,), False),
+        ("ln2w", "layers.{}.post_attention_layernorm.weight", lambda h: (h.C,), False),
+        ("ln2b", "layers.{}.post_attention_layernorm.bias", lambda h: (h.C,), False),
+        ("fcw", "layers.{}.mlp.dense_h_to_4h.weight", lambda h: (4 * h.C, h.C), False),
+        ("fcb", "layers.{}.mlp.dense_h_to_4h.bias", lambda h: (4 * h.C,), False),
+        ("fcprojw", "layers.{}.mlp.dense_4h_to_h.weight", lambda h: (h.C, 4 * h.C), False),
+        ("fcprojb", "layers.{}.mlp.dense_4h_to_h.bias", lambda h: (h.C,), False),
+        ("lnfw", "final_layer_norm.weight", lambda h: (h.C,), False),
+        ("lnfb", "final_layer_norm.bias", lambda h: (h.C,), False),
+        ("embedout", "embed_out.weight", lambda h: (h.Vp, h.C), False),
+    ),
+}
+
+
+def padded(V: int) -> int:
+    return -(-V // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def check(header: Header, where: str):
+    """Refuses sizes that no model has; `where` begins the message."""
+    for name in ("maxT", "V", "L", "H", "C", "Vp"):
+        if not 1 <= getattr(header, name) <= INT_MAX:
+            raise InputError(f"{where}: {name} is {getattr(header, name)}, not from 1 to {INT_MAX}")
+    if header.V > header.Vp:
+        raise InputError(f"{where}: {header.V} tokens, but a token table of {header.Vp} rows")
+    if header.C % header.H:
+        raise InputError(f"{where}: {header.H} heads do not divide the width {header.C}")
+    if header.family == GPT2:
+        if header.tied not in (0, 1) or (header.tied and not 1 <= header.tied_context <= INT_MAX):
+            raise InputError(f"{where}: tied positions {header.tied} with context {header.tied_context}")
+        return
+    D = header.C // header.H
+    if header.dims % 2 or not 0 <= header.dims <= D:
+        raise InputError(f"{where}: {header.dims} rotated dimensions of {D}; an even number, at most all, is needed")
+    for name in ("base", "scale"):
+        value = getattr(header, name)
+        if not 1 <= value < math.inf:
+            raise InputError(f"{where}: the rotary {name} is {value}, not a finite number of at least 1")
+    if not 1 <= header.original <= INT_MAX:
+        raise InputError(f"{where}: the original context is {header.original}, not from 1 to {INT_MAX}")
+    if not 0 <= header.mode < len(MODES):
+        raise InputError(f"{where}: rotary mode {header.mode}; 0 to {len(MODES) - 1} are known")
+    if header.gelu not in (GELU_TANH, GELU_ERF):
+        raise InputError(f"{where}: GELU form {header.gelu}; {GELU_TANH} (tanh) and {GELU_ERF} (erf) are known")
+    for name in ("parallel", "softmax_temperature"):
+        if getattr(header, name) not in (0, 1):
+            raise InputError(f"{where}: the flag {name} is {getattr(header, name)}, neither 0 nor 1")
+    if MODES[header.mode] in ("ntk", "dynamic") and header.dims == 2:
+        raise InputError(f"{where}: rope {MODES[header.mode]} has no exponent d/(d-2) for 2 rotated dimensions")
+    if header.stretched_base() == math.inf:
+        raise InputError(f"{where}: ntk's stretched base is not finite")
+    if MODES[header.mode] == "yarn" and header.base == 1:
+        raise InputError(f"{where}: rope yarn needs a base above 1")
+
+
+def read_header(path: str) -> Header:
+    """The header of a weights file that is exactly as long as it says; InputError for any other."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            head = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(head) < HEADER_BYTES:
+        raise InputError(f"{path}: {size:,} bytes, shorter than a header of {HEADER_BYTES:,}")
+    words = WORDS.unpack_from(head)
+    family = next((family for family, magic in MAGIC.items() if magic == words[0]), None)
+    if family is None:
+        raise InputError(
+            f"{path}: magic {words[0]}, neither GPT-2's {MAGIC[GPT2]} nor Pythia's {MAGIC[NEOX]}: no weights file"
+        )
+    dtype = next((dtype for dtype, version in VERSION.items() if version == words[1]), None)
+    if dtype is None:
+        raise InputError(f"{path}: version {words[1]}; 3 (fp32), 5 (bf16) and 6 (fp16) are known")
+    if family == GPT2:
+        header = Header(family, dtype, *words[2:8], tied=words[8], tied_context=words[9])
+    else:
+        header = Header(family, dtype, *words[2:8], 0, 0, *words[8:14], *words[14:16])
+    check(header, path)
+    if size != header.bytes():
+        raise InputError(f"{path}: {size:,} bytes, but its header needs {header.bytes():,}")
+    return header
+
+
+def checkpoint_model(folder: str) -> str:
+    """model.bin of one checkpoint, whose parts have the sizes that its manifest says. Hashes are the trainer's to
+    check: Python's library has no XXH3."""
+    manifest = os.path.join(folder, "manifest.json")
+    try:
+        with open(manifest, encoding="utf-8") as file:
+            parts = {part["name"]: part["bytes"] for part in json.load(file)["parts"]}
+    except OSError as error:
+        raise InputError(f"{manifest}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{manifest}: damaged") from error
+    if "model.bin" not in parts:
+        raise InputError(f"{manifest}: names no model.bin")
+    for name, bytes_ in parts.items():
+        path = os.path.join(folder, str(name))
+        size = os.path.getsize(path) if os.path.isfile(path) else None
+        if size != bytes_:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise InputError(f"{path}: {found}, and the manifest says {bytes_} bytes")
+    return os.path.join(folder, "model.bin")
+
+
+def locate(path: str, warn: Callable[[str], None]) -> str:
+    """The weights file that a path means: itself, a checkpoint's, or that of a run's newest whole checkpoint."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file or folder")
+    if not os.path.isdir(path):
+        return path
+    if os.path.exists(os.path.join(path, "manifest.json")):
+        return checkpoint_model(path)
+    steps: list[tuple[int, bool, str]] = []
+    for name in os.listdir(path):
+        if match := STEP.fullmatch(name):
+            steps.append((int(match[1] or match[2]), not name.startswith("."), name))
+    for _, _, name in sorted(steps, reverse=True):
+        try:
+            return checkpoint_model(os.path.join(path, name))
+        except InputError as error:
+            warn(f"{error}; the checkpoint before it is taken")
+    if not steps and os.path.exists(os.path.join(path, "config.json")):
+        raise InputError(f"{path}: is a HuggingFace directory; convert it with --to FILE.bin")
+    raise InputError(f"{path}: {'no whole checkpoint' if steps else 'neither a run nor a checkpoint'} is in this folder")
