@@ -42,8 +42,8 @@ CONFIGS = {
     "pythia_d256": config(seed=15, L=1, H=1, D=256, V=61, B=2, T=19),
     # Whole heads are rotated, three of them; both of the other choices at once.
     "pythia_whole": config(seed=16, L=2, H=3, D=32, V=67, B=2, T=29, dims=32, parallel=False, gelu="tanh"),
-    # Past the 2048 positions that Pythia was trained on.
-    "pythia_long": config(seed=17, L=1, H=1, D=32, V=29, B=1, T=2101),
+    # Past the 2048 positions that Pythia was trained on, and wide enough for a sharp attention, which feels an angle.
+    "pythia_long": config(seed=17, L=1, H=1, D=128, V=29, B=1, T=2101),
     # Positions stretched: by a fraction; beyond the original window, whose length then counts; and YaRN, with a base
     # and a window for which some pairs are kept, some interpolated and some between.
     "pythia_linear": config(seed=18, L=1, H=2, D=32, V=61, B=2, T=57, mode="linear", scale=2.5, original=24),

@@ -137,10 +137,10 @@ struct Comparison {
     bool ok() const { return error.whole <= allowed.whole && error.worst_element <= allowed.worst_element; }
 };
 
-// got (n): at most `times` PyTorch's error in the precision of this build, plus half an epsilon that one final rounding
+// got (n): at most twice PyTorch's error in the precision of this build, plus half an epsilon that one final rounding
 // may cost. A NaN or a wrong length never passes.
-template <class T> Comparison compare(const std::string& name, const Config& c, const Fingerprint& want, const T* got,
-                                      int64_t n, double times = 2) {
+template <class T>
+Comparison compare(const std::string& name, const Config& c, const Fingerprint& want, const T* got, int64_t n) {
     auto value = [&](int64_t i) -> double {
         if constexpr (std::is_same_v<T, bf16>)
             return to_float(got[i]);
@@ -150,7 +150,7 @@ template <class T> Comparison compare(const std::string& name, const Config& c, 
     Comparison made{{INFINITY, INFINITY}, {}, name};
     Error torch = want.torch_error();
     double half = kRealEpsilon / 2;
-    made.allowed = {times * torch.whole + half, times * torch.worst_element + half / std::sqrt(double(want.n))};
+    made.allowed = {2 * torch.whole + half, 2 * torch.worst_element + half / std::sqrt(double(want.n))};
     if (n != want.n) {
         made.said += ": " + std::to_string(n) + " entries, not " + std::to_string(want.n);
         return made;
