@@ -20,7 +20,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 
-from golden_gpt2 import hashes
+from golden import hashes
 
 # Heads large enough that a part of them gives every number of rotated dims, from 8 to 64.
 HEADS, HEAD_DIM = 2, 256
