@@ -209,10 +209,6 @@ private:
     Activations a_{};
     ActivationGradients d_{};
 
-    // Queries, keys or values (part 0, 1, 2) in a (N,H,3,D) array whose sequences have T tokens.
-    template <class R> Heads<R> heads(R* qkv, int part, int64_t T) const {
-        return {qkv + part * c_.D(), T * 3 * c_.C, 3 * c_.C, 3 * c_.D()};
-    }
     AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
     RotaryShape rotary_shape(int64_t B, int64_t start, int64_t T) const;
     void forward(int64_t B, int64_t start, int64_t T) override;
@@ -317,11 +313,13 @@ void Pythia::forward(int64_t B, int64_t start, int64_t T) {
         real *ln1 = at(a_.ln1, l, C) + S * C, *atty = at(a_.atty, l, C) + S * C;
         real *cache = a_.qkv + l * N_ * 3 * C, *qkv = cache + S * 3 * C; // keys and values of all rows so far
         matmul_forward(mm, qkv, nullptr, ln1, w(qkvw, l), nullptr, N, C, 3 * C);
-        rotary_forward(s, heads(qkv, 0, T), heads(qkv, 1, T), heads(qkv, 2, T), qkv, w(qkvb, l), rotary_,
-                       rotary_shape(B, S, T));
+        RotaryShape shape = rotary_shape(B, S, T);
+        rotary_forward(s, rotary_part(qkv, 0, shape), rotary_part(qkv, 1, shape), rotary_part(qkv, 2, shape), qkv,
+                       w(qkvb, l), rotary_, shape);
         const real *queries = qkv, *rows = cache;
-        attention_forward(s, {atty, T * C, C, c_.D()}, at(a_.lse, l, c_.H), heads(queries, 0, T), heads(rows, 1, T),
-                          heads(rows, 2, T), score_scale_, scratch_, attention_shape(B, S, T));
+        attention_forward(s, {atty, T * C, C, c_.D()}, at(a_.lse, l, c_.H), rotary_part(queries, 0, shape),
+                          rotary_part(rows, 1, shape), rotary_part(rows, 2, shape), score_scale_, scratch_,
+                          attention_shape(B, S, T));
         matmul_forward(mm, a_.branch, nullptr, atty, w(attprojw, l), w(attprojb, l), N, C, C);
 
         // The MLP, of the block's input beside attention, or of what attention made of it.
@@ -376,11 +374,11 @@ void Pythia::backward(int64_t B) {
         const real *qkv = a_.qkv + l * N_ * 3 * C, *atty = at(a_.atty, l, C), *dqkv = d_.qkv;
         matmul_backward_weight(mm, dw(attprojw, l), dw(attprojb, l), d_.x, atty, N, C, C);
         matmul_backward_input(mm, d_.ln1, d_.x, w(attprojw, l), nullptr, N, C, C);
-        attention_backward(s, heads(d_.qkv, 0, T), heads(d_.qkv, 1, T), heads(d_.qkv, 2, T), {d_.ln1, T * C, C, c_.D()},
-                           heads(qkv, 0, T), heads(qkv, 1, T), heads(qkv, 2, T), {atty, T * C, C, c_.D()},
-                           at(a_.lse, l, c_.H), score_scale_, scratch_, attention_shape(B, 0, T));
-        rotary_backward(s, d_.qkv, heads(dqkv, 0, T), heads(dqkv, 1, T), heads(dqkv, 2, T), rotary_,
-                        rotary_shape(B, 0, T));
+        auto part = [&](auto* qkv, int s) { return rotary_part(qkv, s, rotary_shape(B, 0, T)); };
+        attention_backward(s, part(d_.qkv, 0), part(d_.qkv, 1), part(d_.qkv, 2), {d_.ln1, T * C, C, c_.D()},
+                           part(qkv, 0), part(qkv, 1), part(qkv, 2), {atty, T * C, C, c_.D()}, at(a_.lse, l, c_.H),
+                           score_scale_, scratch_, attention_shape(B, 0, T));
+        rotary_backward(s, d_.qkv, part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), rotary_, rotary_shape(B, 0, T));
         matmul_backward_weight(mm, dw(qkvw, l), dw(qkvb, l), d_.qkv, at(a_.ln1, l, C), N, C, 3 * C);
         matmul_backward_input(mm, d_.ln1, d_.qkv, w(qkvw, l), nullptr, N, C, 3 * C);
         if (c_.parallel) through_ln2(x);
@@ -400,7 +398,7 @@ Cost Pythia::step_cost(int64_t B) const {
     RotaryShape rotary = rotary_shape(B, 0, T_);
     Cost norms = layernorm_forward_cost(N, C) + layernorm_backward_cost(N, C);
     Cost block = linear(C, 3 * C) + rotary_forward_cost(rotary, c_.rope.dims) +
-                 rotary_backward_cost(rotary, c_.rope.dims) + attention_forward_cost(attention) +
+                 rotary_backward_cost(rotary, c_.rope.dims, true) + attention_forward_cost(attention) +
                  attention_backward_cost(attention) + linear(C, C) + linear(C, 4 * C) + linear(4 * C, C) + 2 * norms +
                  gelu_forward_cost(N * 4 * C) + gelu_backward_cost(N * 4 * C);
     return c_.L * block + norms + unembedding_cost(N) + embedding_forward_cost({B, T_, C}, false) +
