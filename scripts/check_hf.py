@@ -2,10 +2,11 @@
 """Does an exported HuggingFace directory compute in transformers what the trainer computes?
 
     python -m venv VENV && VENV/bin/pip install -r dev/requirements-golden.txt
-    VENV/bin/python scripts/check_hf.py DIR --tokens tokens.npy --logits logits.npy    # compare with the trainer's
+    ./train_pythia --eval logits --init runs/long --prompt-tokens 1,2,3 > logits.txt
+    VENV/bin/python scripts/check_hf.py DIR --tokens 1,2,3 --logits logits.txt         # compare with the trainer's
     VENV/bin/python scripts/check_hf.py DIR --tokens tokens.npy --save logits.npy      # write transformers' own
 
-tokens.npy is (B,T) or (T) whole numbers, logits.npy (B,T,V) or (T,V) numbers. The model runs in fp32 with its weights
+tokens.npy is (B,T) or (T) whole numbers, logits.npy (B,T,V) or (T,V) numbers, or a .txt file of (T,V). The model runs in fp32 with its weights
 widened, one sequence at a time. It must load without a missing, unexpected or misshaped tensor and hold T tokens.
 Exits 1 if a tensor or the comparison is off, 2 on bad input. Needs torch and transformers; no test runs it.
 """
@@ -31,9 +32,10 @@ class Refused(Exception):
 
 def read_array(path: str, kinds: str, axes: int) -> np.ndarray:
     try:
-        made = np.load(path, mmap_mode="r")
+        text = path.endswith(".txt")
+        made = np.loadtxt(path, np.float32, ndmin=2) if text else np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as .npy ({error})") from error
+        raise Refused(f"{path}: cannot be read as {'numbers' if text else '.npy'} ({error})") from error
     if made.dtype.kind not in kinds or made.ndim not in (axes - 1, axes) or not made.size:
         raise Refused(f"{path}: {made.dtype} of shape {made.shape} is not what is compared")
     return made if made.ndim == axes else made[None]
@@ -56,7 +58,10 @@ def load(folder: str, T: int):
 
 @torch.no_grad()
 def check(args) -> int:
-    tokens = read_array(args.tokens, "iu", 2)  # (B,T)
+    if args.tokens.endswith(".npy"):
+        tokens = read_array(args.tokens, "iu", 2)  # (B,T)
+    else:
+        tokens = np.array([[int(word) for word in args.tokens.split(",")]])
     B, T = tokens.shape
     model, whole = load(args.dir, T)
     V = model.config.vocab_size
@@ -98,9 +103,9 @@ def check(args) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", help="HuggingFace directory, from convert_hf.py --back for instance")
-    parser.add_argument("--tokens", metavar="FILE.npy", required=True, help="(B,T) or (T) token ids")
+    parser.add_argument("--tokens", metavar="FILE.npy", required=True, help="(B,T) or (T) token ids, or a list such as 1,2,3")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--logits", metavar="FILE.npy", help="(B,T,V) or (T,V), the trainer's, to compare with")
+    what.add_argument("--logits", metavar="FILE", help="(B,T,V) or (T,V), the trainer's, to compare with")
     what.add_argument("--save", metavar="FILE.npy", help="write transformers' logits, (B,T,V) fp32")
     parser.add_argument(
         "--bound",
@@ -110,7 +115,7 @@ def main() -> int:
     )
     try:
         return check(parser.parse_args())
-    except (Refused, OSError) as error:
+    except (Refused, OSError, ValueError) as error:
         print(f"check_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
