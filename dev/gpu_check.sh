@@ -43,7 +43,8 @@ step() {
 } >"$dir/machine.log" 2>&1
 say GPU "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
-tests=(gelu layernorm rotary matmul attention attention_backends classifier embedding global_norm adamw recording gpt2)
+tests=(gelu layernorm rotary matmul attention attention_backends classifier embedding global_norm adamw recording gpt2
+    pythia positions)
 benches=(gelu layernorm rotary classifier embedding global_norm adamw matmul attention ladder)
 jobs=$(nproc)
 step build 240 make -j"$jobs" cuda "${tests[@]/#/build/cuda/test_}" "${benches[@]/#/build/cuda/bench_}" || exit 1
@@ -59,7 +60,7 @@ done
 # A few cases only: the tools slow kernels down a hundredfold.
 declare -A sanitized=([layernorm]='backward: complex*,residual*' [attention]='documents*,offsets*,sums in any*'
     [classifier]='loss and gradient*' [embedding]='backward: complex*,backward: tokens*' [adamw]='several*,bf16*'
-    [matmul]='backward to weight*')
+    [matmul]='backward to weight*' [rotary]='numbers of pairs*,positions*')
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         for name in "${!sanitized[@]}"; do
@@ -79,23 +80,24 @@ done
 # dev/cpu_losses.json), then its speed.
 step shard 30 python3 dev/markov_shard.py "$dir/train.bin" --tokens 2000000
 losses() { sed -n 's/.*"event":"step".*"loss":\([0-9.e+-]*\).*/\1/p' "$1/log.jsonl"; }
-run() { # run NAME BUILD ARGUMENTS...
-    local name=$1 build=$2
-    shift 2
+run() { # run NAME BUILD/TRAINER MODEL ARGUMENTS...
+    local name=$1 trainer=$2 model=$3
+    shift 3
     rm -rf "${dir:?}/$name"
-    step "$name" 90 build/"$build"/train_gpt2 --model 124M --train "$dir/train.bin" --out "$dir/$name" --save-every 0 \
+    step "$name" 90 build/"$trainer" --model "$model" --train "$dir/train.bin" --out "$dir/$name" --save-every 0 \
         --val-every 0 --sample-every 0 "$@"
 }
 same=(--context 64 --batch 4 --steps 20 --lr 3e-4 --warmup 5 --seed 1)
 for build in cuda-fp32 cuda; do
-    run "losses-$build" $build "${same[@]}" &&
+    run "losses-$build" $build/train_gpt2 124M "${same[@]}" &&
         say "  largest relative difference from the CPU" \
             "$(python3 dev/compare_losses.py dev/cpu_losses.json "$dir/losses-$build/log.jsonl")"
 done
-run learns cuda --context 1024 --batch 32 --steps 40 --lr 6e-4 --warmup 10 &&
+run learns cuda/train_gpt2 124M --context 1024 --batch 32 --steps 40 --lr 6e-4 --warmup 10 &&
     say "  first and last loss" "$(losses "$dir/learns" | sed -n '1p;$p' | tr '\n' ' ')"
-run long cuda --context 8192 --batch 4 --steps 10 --lr 6e-4
-for name in learns long; do
+run long cuda/train_gpt2 124M --context 8192 --batch 4 --steps 10 --lr 6e-4
+run pythia cuda/train_pythia 410m --context 8192 --batch 2 --steps 10 --lr 3e-4
+for name in learns long pythia; do
     [[ -s $dir/$name/log.jsonl ]] &&
         say "  $name" "$(grep '"event":"step"' "$dir/$name/log.jsonl" | tail -1 | grep -o '"ms":[0-9.]*\|"tokens_per_second":[0-9.]*\|"peak_percent":[0-9.]*' | tr '\n' ' ')"
 done
