@@ -43,8 +43,8 @@ step() {
 } >"$dir/machine.log" 2>&1
 say GPU "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
-tests=(gelu layernorm matmul attention attention_backends classifier embedding global_norm adamw recording gpt2)
-benches=(gelu layernorm classifier embedding global_norm adamw matmul attention ladder)
+tests=(gelu layernorm matmul attention attention_backends classifier embedding global_norm optimizer optimizer_int8 recording gpt2)
+benches=(gelu layernorm classifier embedding global_norm optimizer matmul attention ladder)
 jobs=$(nproc)
 step build 240 make -j"$jobs" cuda "${tests[@]/#/build/cuda/test_}" "${benches[@]/#/build/cuda/bench_}" || exit 1
 make -j"$jobs" cuda PRECISION=fp32 "${tests[@]/#/build/cuda-fp32/test_}" >"$dir/build-fp32.log" 2>&1 & # beside the tests
@@ -58,7 +58,7 @@ done
 
 # A few cases only: the tools slow kernels down a hundredfold.
 declare -A sanitized=([layernorm]='backward: complex*,residual*' [attention]='documents*,offsets*,sums in any*'
-    [classifier]='loss and gradient*' [embedding]='backward: complex*,backward: tokens*' [adamw]='several*,bf16*'
+    [classifier]='loss and gradient*' [embedding]='backward: complex*,backward: tokens*' [optimizer]='several*,bf16*'
     [matmul]='backward to weight*')
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
