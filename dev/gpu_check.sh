@@ -43,7 +43,7 @@ step() {
 } >"$dir/machine.log" 2>&1
 say GPU "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
-tests=(gelu layernorm matmul attention attention_backends classifier embedding global_norm optimizer optimizer_int8 recording gpt2)
+tests=(gelu layernorm matmul attention attention_backends classifier embedding global_norm optimizer optimizer_bf16 optimizer_codes recording gpt2)
 benches=(gelu layernorm classifier embedding global_norm optimizer matmul attention ladder)
 jobs=$(nproc)
 step build 240 make -j"$jobs" cuda "${tests[@]/#/build/cuda/test_}" "${benches[@]/#/build/cuda/bench_}" || exit 1

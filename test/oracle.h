@@ -132,6 +132,14 @@ inline void adamw(double& p, double& m, double& v, double g, double lr, double b
     p -= lr * (m / (1 - std::pow(beta1, t))) / (std::sqrt(v / (1 - std::pow(beta2, t))) + eps);
 }
 
+// One Lion update of one scalar.
+inline void lion(double& p, double& m, double g, double lr, double beta1, double beta2, double weight_decay) {
+    const double c = beta1 * m + (1 - beta1) * g;
+    p -= lr * weight_decay * p;
+    p -= lr * ((c > 0) - (c < 0));
+    m = beta2 * m + (1 - beta2) * g;
+}
+
 // A whole GPT-2, tensors in the order of llm.c's file, each contiguous over layers.
 struct Gpt2Config {
     int64_t maxT, V, Vp, L, H, C;
