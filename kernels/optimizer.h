@@ -22,10 +22,9 @@
 // 8-bit states: block b is the elements [256·b, 256·b + 256) of the tensor, the last may have fewer. Its new absmax is
 // the largest |m| (or v) of the block, at least FLT_MIN, so that an all-zero block divides by no zero; a state's new
 // code is the one nearest to value · (1 / absmax) in float, the one of smaller magnitude in a tie. Then
-//   - m < 0 does not become code 127, which is 0, but 126, the smallest negative one (bitsandbytes' guard of the sign);
-//   - v > 0 does not become code 0, but 1, unless floor_v is off: a v of 0 beside an m that is not makes the next
-//   update
-//     m / eps. Off is bitsandbytes' own behaviour.
+//   - m < 0 never becomes code 127, which is 0, but 126, the smallest negative one, as in bitsandbytes;
+//   - v > 0 never becomes code 0, but 1, unless floor_v is off, which is bitsandbytes' way: a v of 0 beside an m that
+//     is not makes the next update m / eps.
 // Bytes that are all zero are states that are all zero, absmax being 0.
 #pragma once
 #include <cmath>

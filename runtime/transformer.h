@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <string>
 
-#include "../kernels/optimizer.h"
 #include "../kernels/gelu.h"
+#include "../kernels/optimizer.h"
 #include "arena.h"
 #include "device.h"
 #include "loop.h"
