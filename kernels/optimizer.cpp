@@ -3,6 +3,8 @@
 // memory sees one pass, and the rule is written once for all types.
 #include "optimizer.h"
 
+#include <bit>
+
 #include "math.h"
 #include "optimizer_codes.h"
 
@@ -43,7 +45,7 @@ const Tables kTables;
 
 Vec gather(const float* table, VecInt at) {
 #if defined(__AVX512F__)
-    return (Vec)_mm512_i32gather_ps((__m512i)at, table, 4);
+    return (Vec)_mm512_mask_i32gather_ps(__m512(), 0xffff, (__m512i)at, table, 4);
 #else
     Vec v;
     for (int lane = 0; lane < kLanes; lane++) v[lane] = table[at[lane]];
@@ -75,51 +77,79 @@ template <Book book> void dequantise(float* x, const uint8_t* codes, float absma
         store(x + i, gather(kTables.values[int(book)], widen_bytes(codes + i)) * absmax);
 }
 
+bool any(VecInt mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    bool found = false;
+    for (int lane = 0; lane < kLanes; lane++) found |= mask[lane] != 0;
+    return found;
+#endif
+}
+
 struct BlockCounts {
     int vanished = 0; // would be code 0 without a floor
     bool saturated = false;
 };
 
+// What few blocks need: codes of values that are nearest to 0, and the counts. x (256) and its codes (256), of which
+// magnitudes 0 may yet be those of values that are not 0.
+template <Book book> BlockCounts settle_small(uint8_t* codes, const float* x, bool floor) {
+    int positive = 0, low = 0, vanished = 0;
+    for (int i = 0; i < kCodeBlock; i++) {
+        if (x[i] == 0) continue;
+        const int k = book == Book::unsigned_values ? codes[i] : std::abs(codes[i] - kZeroCode);
+        positive++, low += k <= 1, vanished += k == 0 && book == Book::unsigned_values;
+        if (k > 0) continue;
+        if (book == Book::unsigned_values)
+            codes[i] = floor;
+        else if (x[i] < 0)
+            codes[i] = kZeroCode - 1;
+    }
+    return {vanished, 2 * low > positive};
+}
+
 // codes (256) and absmax of x (256).
 template <Book book> BlockCounts quantise(uint8_t* codes, float* absmax, const float* x, bool floor) {
-    Vec largest = splat(kSmallestAbsmax);
-    for (int i = 0; i < kCodeBlock; i += kLanes) largest = max(abs(load(x + i)), largest);
-    *absmax = max(largest);
+    // Floats that are not negative are ordered as their bits are; two runs, so that neither waits for the other.
+    VecInt largest[2] = {};
+    for (int i = 0; i < kCodeBlock; i += 2 * kLanes)
+        for (int u = 0; u < 2; u++) {
+            const VecInt bits = (VecInt)abs(load(x + i + u * kLanes));
+            largest[u] = bits > largest[u] ? bits : largest[u];
+        }
+    *absmax = std::max(max(max((Vec)largest[0], (Vec)largest[1])), kSmallestAbsmax);
     const float inverse = 1 / *absmax;
 
-    VecInt positive = {}, low = {}, vanished = {}; // minus the number of elements, by lane
+    constexpr int kLargest = largest_magnitude(book), kTop = top_line(book);
+    const auto lower = [](Vec p, Vec q) { return min(p, q); };
+    VecInt smallest = VecInt{} + kLargest;
     for (int i = 0; i < kCodeBlock; i += kLanes) {
         const Vec value = load(x + i), a = abs(value) * inverse;
-        const Vec position =
-            code_position<book>(a, splat(largest_magnitude(book)), [](Vec p, Vec q) { return min(p, q); });
+        // Values below 1e-3 of absmax are seldom; their lines need not be drawn for all.
+        Vec position = code_position<book, kTop, kTop - 2>(a, splat(kLargest), lower);
+        if (any((VecInt) !(a >= 1.001e-3f)))
+            position = code_position<book, kTop - 3, lowest_line(book)>(a, position, lower);
         const VecInt r = (VecInt)(position + kRoundToInteger) & kIntegerBits;
         // A comparison is −1 where it holds.
         VecInt k = r - 1 - (VecInt)(a > gather(kTables.borders[int(book)], r));
-        const VecInt some = (VecInt)(value != 0.f);
-        positive += some, low += some & (k <= 1);
-        if (book == Book::unsigned_values) {
-            const VecInt gone = some & (k == 0);
-            vanished += gone;
-            if (floor) k -= gone;
-        } else {
-            const VecInt below = (VecInt)(value < 0.f);
-            const VecInt down = kZeroCode - (k == 0 ? VecInt{} + 1 : k);
-            k = below ? (down < 0 ? VecInt{} : down) : kZeroCode + k;
+        const VecInt other = value == 0.f ? VecInt{} + kLargest : k;
+        smallest = other < smallest ? other : smallest;
+        if (book == Book::signed_values) {
+            const VecInt sign = (VecInt)value >> 31; // −1 below zero, where the largest magnitude is missing
+            const VecInt most = sign + kLargest;
+            k = k < most ? k : most;
+            k = (k ^ sign) - sign + kZeroCode;
         }
         narrow_bytes(codes + i, k);
     }
-    auto total = [](VecInt v) {
-        int sum = 0;
-        for (int lane = 0; lane < kLanes; lane++) sum -= v[lane];
-        return sum;
-    };
-    return {total(vanished), 2 * total(low) > total(positive)};
+    return any((VecInt)(smallest <= 1)) ? settle_small<book>(codes, x, floor) : BlockCounts();
 }
 
 // ---- Unpacking and packing ----
 
 // Each returns where the `count` floats are: in place, or in `stage`, where all 256 are set, zero past the end.
-float* unpack(float* p, float*, int) { return p; }
+[[maybe_unused]] float* unpack(float* p, float*, int) { return p; }
 float* unpack(const bf16* p, float* stage, int count) {
     for (int i = 0; i < count; i++) stage[i] = to_float(p[i]);
     return stage;
@@ -143,22 +173,41 @@ template <Book book> BlockCounts pack(uint8_t* p, float* absmax, const float* fr
     return counts;
 }
 
-void pack_weights(float*, const float*, int64_t, int, const OptimizerFactors&) {} // they are in place
-void pack_weights(bf16* p, const float* from, int64_t begin, int count, const OptimizerFactors& f) {
-    for (int i = 0; i < count; i += 8) {
-        const Philox noise = philox(f.seed, f.stream, (begin + i) / 8);
-        for (int j = 0; j < 8 && i + j < count; j++) p[i + j] = round_stochastically(from[i + j], noise_half(noise, j));
+[[maybe_unused]] void pack_weights(float*, const float*, int64_t, int, const OptimizerFactors&) {} // they are in place
+
+// Words of `blocks` Philox blocks from `first` on, four after four: in memory, 16 bits each, the noise of neighbours in
+// their order.
+void fill_noise(uint32_t* words, int blocks, const OptimizerFactors& f, uint64_t first) {
+    static_assert(std::endian::native == std::endian::little);
+#pragma omp simd
+    for (int i = 0; i < blocks; i++) {
+        const Philox noise = philox(f.seed, f.stream, first + i);
+        words[4 * i] = noise.word[0], words[4 * i + 1] = noise.word[1];
+        words[4 * i + 2] = noise.word[2], words[4 * i + 3] = noise.word[3];
     }
+}
+void round_by_noise(bf16* to, const float* from, const uint32_t* words, int count) {
+    alignas(64) uint16_t noise[kCodeBlock];
+    memcpy(noise, words, sizeof noise);
+#pragma omp simd
+    for (int i = 0; i < count; i++) to[i] = round_stochastically(from[i], noise[i]);
+}
+// The 256 elements from `begin` on.
+[[maybe_unused]] void pack_weights(bf16* p, const float* from, int64_t begin, int count, const OptimizerFactors& f) {
+    alignas(64) uint32_t words[kCodeBlock / 2];
+    fill_noise(words, kCodeBlock / 8, f, begin / 8);
+    round_by_noise(p, from, words, count);
 }
 void pack_states(bf16* m, bf16* v, const float* m_from, const float* v_from, int64_t begin, int count,
                  const OptimizerFactors& f) {
-    for (int i = 0; i < count; i += 4) {
-        const Philox noise = philox(f.seed, f.stream, kStateNoise + (begin + i) / 4);
-        for (int j = 0; j < 4 && i + j < count; j++) {
-            m[i + j] = round_stochastically(m_from[i + j], noise_half(noise, j));
-            if (v) v[i + j] = round_stochastically(v_from[i + j], noise_half(noise, 4 + j));
-        }
+    alignas(64) uint32_t words[kCodeBlock], m_words[kCodeBlock / 2], v_words[kCodeBlock / 2];
+    fill_noise(words, kCodeBlock / 4, f, kStateNoise + begin / 4);
+    for (int i = 0; i < kCodeBlock / 4; i++) {
+        m_words[2 * i] = words[4 * i], m_words[2 * i + 1] = words[4 * i + 1];
+        v_words[2 * i] = words[4 * i + 2], v_words[2 * i + 1] = words[4 * i + 3];
     }
+    round_by_noise(m, m_from, m_words, count);
+    if (v) round_by_noise(v, v_from, v_words, count);
 }
 
 // Elements passed over.

@@ -55,11 +55,13 @@ LONGHAND_HD inline float code_magnitude(Book book, int k) {
 // lies 0.25 before it; float's rounding moves it by less than 0.001. So the only border that can lie between a and its
 // magnitude is that of the nearest whole number r: the answer is r − 1 or r, and the exact middle of these two decides.
 
-// The line of the decade of 2^e magnitudes.
+// The line of the decade of 2^e magnitudes, e from lowest_line to top_line.
+constexpr int top_line(Book book) { return book == Book::signed_values ? 6 : 7; }
+constexpr int lowest_line(Book book) { return book == Book::signed_values ? 0 : 1; }
 constexpr float line_slope(Book book, int e) {
     double slope = 1 / 0.9;
     for (int i = 0; i < e; i++) slope *= 2;
-    for (int i = e; i < (book == Book::signed_values ? 6 : 7); i++) slope *= 10;
+    for (int i = e; i < top_line(book); i++) slope *= 10;
     return static_cast<float>(slope);
 }
 constexpr float line_offset(Book book, int e) {
@@ -68,16 +70,16 @@ constexpr float line_offset(Book book, int e) {
     return static_cast<float>(offset - (book == Book::signed_values ? 0 : 1));
 }
 
-// The lowest line at a >= 0: 0.7 or more and at most largest_magnitude(book), for NaN too. V is float or a vector of
-// floats; min(NaN, x) must be x.
-template <Book book, int e = (book == Book::signed_values ? 6 : 7), class V, class Min>
-LONGHAND_HD inline V code_position(V a, V lowest, Min min) {
-    constexpr float slope = line_slope(book, e), offset = line_offset(book, e);
-    lowest = min(a * slope + offset, lowest);
-    if constexpr (e > (book == Book::signed_values ? 0 : 1))
-        return code_position<book, e - 1>(a, lowest, min);
+// The lowest at a >= 0 of `so_far` and the lines `first` down to `last`; of all of them 0.7 or more. Begun from
+// largest_magnitude(book) it is that at most, for NaN too. V is float or a vector of floats; min(NaN, x) must be x.
+template <Book book, int first = top_line(book), int last = lowest_line(book), class V, class Min>
+LONGHAND_HD inline V code_position(V a, V so_far, Min min) {
+    constexpr float slope = line_slope(book, first), offset = line_offset(book, first);
+    so_far = min(a * slope + offset, so_far);
+    if constexpr (first > last)
+        return code_position<book, first - 1, last>(a, so_far, min);
     else
-        return lowest;
+        return so_far;
 }
 
 constexpr float kRoundToInteger = 12582912.f; // 1.5·2^23: adding it leaves the nearest integer in the low bits
