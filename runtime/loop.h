@@ -9,7 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "../kernels/adamw.h"
+#include "../kernels/optimizer.h"
 #include "checkpoint.h"
 #include "device.h"
 #include "options.h"
@@ -28,7 +28,7 @@ struct Model {
     virtual void clear(bool gradients) = 0;
     // Norm of all gradients, and the scale that clips them, both left on the device for update().
     virtual void measure_gradients(double clip) = 0;
-    virtual void update(const AdamW& options) = 0;
+    virtual void update(const Optimizer& options) = 0;
     virtual double loss() = 0;
     virtual double grad_norm() = 0;
 

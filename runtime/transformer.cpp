@@ -135,11 +135,12 @@ void Transformer::measure_gradients(double clip) {
     clip_scale(device_.stream, scale_, norm_, loss_, float(clip));
 }
 
-void Transformer::update(const AdamW& options) {
+void Transformer::update(const Optimizer& options) {
     for (const Tensor& t : params_.list) {
-        AdamW o = options;
+        Optimizer o = options;
         if (!t.decay) o.weight_decay = 0;
-        adamw_update(device_.stream, t.param, t.master, t.m, t.v, t.grad, scale_, t.count, o);
+        const States states{StateType::fp32, t.m, t.v};
+        optimizer_update(device_.stream, t.param, t.master, states, t.grad, scale_, nullptr, t.count, o);
     }
 }
 

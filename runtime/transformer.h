@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <string>
 
-#include "../kernels/adamw.h"
 #include "../kernels/gelu.h"
+#include "../kernels/optimizer.h"
 #include "arena.h"
 #include "device.h"
 #include "loop.h"
@@ -37,7 +37,7 @@ public:
     void evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
     void clear(bool gradients) override;
     void measure_gradients(double clip) override;
-    void update(const AdamW& options) override;
+    void update(const Optimizer& options) override;
     double loss() override;
     double grad_norm() override;
     void next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) override;

@@ -156,6 +156,14 @@ inline void adamw(double& p, double& m, double& v, double g, double lr, double b
     p -= lr * (m / (1 - std::pow(beta1, t))) / (std::sqrt(v / (1 - std::pow(beta2, t))) + eps);
 }
 
+// One Lion update of one scalar.
+inline void lion(double& p, double& m, double g, double lr, double beta1, double beta2, double weight_decay) {
+    const double c = beta1 * m + (1 - beta1) * g;
+    p -= lr * weight_decay * p;
+    p -= lr * ((c > 0) - (c < 0));
+    m = beta2 * m + (1 - beta2) * g;
+}
+
 // Mean cross-entropy of logits (n,V) against n targets.
 template <class N> N mean_loss(const std::vector<N>& logits, int64_t V, std::span<const int32_t> targets) {
     N sum = 0;

@@ -88,7 +88,7 @@ def tests():
     """Names of test programs: those of dev/simt, those that run kernels, and all others."""
     names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
     simulator = [n for n in names if n.startswith("simt")]
-    kernels = [n for n in names if n in ("gpt2", "pythia", "positions", "recording") or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
+    kernels = [n for n in names if n in ("gpt2", "pythia", "positions", "recording", "optimizer_bf16", "optimizer_codes") or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
     return simulator, kernels, [n for n in names if n not in simulator and n not in kernels]
 
 

@@ -9,7 +9,6 @@
 #include <numeric>
 
 #include "../dev/simt/simt.h"
-#include "../kernels/adamw.h"
 #include "../kernels/attention.h"
 #include "../kernels/attention_tiles.h"
 #include "../kernels/classifier.h"
@@ -17,6 +16,7 @@
 #include "../kernels/gelu.h"
 #include "../kernels/global_norm.h"
 #include "../kernels/layernorm.h"
+#include "../kernels/optimizer.h"
 #include "../kernels/rotary.h"
 
 using simt::Traffic;
@@ -129,19 +129,33 @@ TEST_CASE("classifier: logits are read once from memory, a second time from the 
     check_cost(t, classifier_forward_backward_cost(rows, V, Vp), {2});
 }
 
-TEST_CASE("adamw, with master weights and without") {
+// 8-bit states: gradients so that codes differ, and a few counts that are added.
+TEST_CASE("optimizer: every rule, type of state, of weights and of gradients") {
     const int64_t n = N * C;
     Vector<real> params = random_normal<real>(n, 1);
     Vector<float> master = random_normal<float>(n, 1), m(n), v(n), grads = random_normal<float>(n, 2), scale(1, 1);
-    AdamW opt{1e-3f};
-    for (bool with_master : {false, true}) {
-        if (with_master && !kBf16) continue;
-        check_cost(counted([&] {
-                       adamw_update(nullptr, params.data(), with_master ? master.data() : nullptr, m.data(), v.data(),
-                                    grads.data(), scale.data(), n, opt);
-                   }),
-                   adamw_cost(n, with_master));
-    }
+    Vector<float> m_absmax(absmax_count(n)), v_absmax(absmax_count(n));
+    Vector<bf16> half_grads = random_normal<bf16>(n, 2);
+    Vector<OptimizerCounts> counts(1);
+    for (Rule rule : {Rule::adamw, Rule::lion})
+        for (StateType type : {StateType::fp32, StateType::bf16, StateType::int8})
+            for (bool with_master : {false, true})
+                for (bool bf16_grads : {false, true}) {
+                    if (with_master && !kBf16) continue;
+                    CAPTURE(int(rule));
+                    CAPTURE(int(type));
+                    CAPTURE(with_master);
+                    CAPTURE(bf16_grads);
+                    std::fill(m.begin(), m.end(), 0.f), std::fill(v.begin(), v.end(), 0.f);
+                    const States states{type, m.data(), v.data(), m_absmax.data(), v_absmax.data()};
+                    const Gradients g = bf16_grads ? Gradients(half_grads.data()) : Gradients(grads.data());
+                    check_cost(counted([&] {
+                                   optimizer_update(nullptr, params.data(), with_master ? master.data() : nullptr,
+                                                    states, g, scale.data(), counts.data(), n,
+                                                    {.lr = 1e-3f, .rule = rule});
+                               }),
+                               optimizer_cost(n, rule, type, bf16_grads, with_master));
+                }
 }
 
 // What it writes, a double a block, is next to nothing beside what it reads.

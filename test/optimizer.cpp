@@ -1,4 +1,4 @@
-#include "../kernels/adamw.h"
+#include "../kernels/optimizer.h"
 
 #include <bit>
 
@@ -6,6 +6,9 @@
 #include "oracle.h"
 
 namespace {
+
+// Float states.
+States states_of(float* m, float* v) { return {StateType::fp32, m, v}; }
 
 constexpr bool kMaster = sizeof(real) < sizeof(float); // the bf16 build keeps float weights beside the bf16 ones
 
@@ -17,14 +20,15 @@ struct State {
     explicit State(int64_t n, uint64_t seed = 1)
         : weights(random_normal<float>(n, seed)), m(n), v(n), params(poisoned<real>(n)) {}
 
-    void update(const Vector<float>& grads, float scale_value, const AdamW& opt) {
+    void update(const Vector<float>& grads, float scale_value, const Optimizer& opt,
+                OptimizerCounts* counts = nullptr) {
+        update(grads.data(), scale_value, opt, counts);
+    }
+    void update(Gradients grads, float scale_value, const Optimizer& opt, OptimizerCounts* counts = nullptr) {
         const Vector<float> scale = {scale_value};
-        if constexpr (kMaster)
-            adamw_update(nullptr, params.data(), weights.data(), m.data(), v.data(), grads.data(), scale.data(),
-                         weights.size(), opt);
-        else
-            adamw_update(nullptr, reinterpret_cast<real*>(weights.data()), nullptr, m.data(), v.data(), grads.data(),
-                         scale.data(), weights.size(), opt);
+        const States states{StateType::fp32, m.data(), opt.rule == Rule::adamw ? v.data() : nullptr};
+        optimizer_update(nullptr, kMaster ? params.data() : reinterpret_cast<real*>(weights.data()),
+                         kMaster ? weights.data() : nullptr, states, grads, scale.data(), counts, weights.size(), opt);
     }
 };
 
@@ -56,7 +60,7 @@ TEST_CASE("several steps against the oracle") {
             const int steps = 6;
             for (int step = 0; step < steps; step++) {
                 const Vector<float> grads = random_normal<float>(n, 100 + step, c.grad);
-                AdamW opt{c.lr, c.beta1, c.beta2, c.eps, c.weight_decay, c.first_t + step};
+                Optimizer opt{c.lr, c.beta1, c.beta2, c.eps, c.weight_decay, c.first_t + step};
                 got.update(grads, c.scale, opt);
                 for (int64_t i = 0; i < n; i++)
                     oracle::adamw(p[i], m[i], v[i], double(c.scale) * grads[i], c.lr, c.beta1, c.beta2, c.eps,
@@ -79,6 +83,72 @@ TEST_CASE("several steps against the oracle") {
         }
 }
 
+TEST_CASE("Lion: several steps against the oracle") {
+    for (float beta2 : {0.95f, 0.99f})
+        for (int64_t n : {1, 7, 1003, 2051}) {
+            CAPTURE(n);
+            State got(n);
+            std::vector<double> p = to_double(got.weights), m(n);
+            const std::vector<double> start = p;
+            const int steps = 6;
+            for (int64_t step = 1; step <= steps; step++) {
+                Vector<float> grads = random_normal<float>(n, 100 + step);
+                if (step == 1) grads[0] = 0; // of zeros the sign is 0
+                const Optimizer opt{.lr = 1e-2f, .beta2 = beta2, .t = step, .rule = Rule::lion};
+                got.update(grads, 0.5f, opt);
+                for (int64_t i = 0; i < n; i++)
+                    oracle::lion(p[i], m[i], 0.5 * grads[i], opt.lr, opt.beta1, beta2, opt.weight_decay);
+            }
+            // Where β1·m + (1−β1)·g all but cancels, its sign is a matter of rounding; here it nowhere does.
+            check_close("m", got.m, m, 3 * kFloat * steps, 0.1);
+            for (int64_t i = 0; i < n; i++) {
+                const double bound = steps * kFloat * (std::abs(p[i]) + std::abs(start[i]) + 1e-2);
+                if (!(std::abs(got.weights[i] - p[i]) <= bound)) CHECK(got.weights[i] == doctest::Approx(p[i]));
+            }
+            for (float v : got.v) CHECK(v == 0);
+        }
+}
+
+TEST_CASE("elements without a finite gradient keep weight, m and v and are counted") {
+    const int64_t n = 1003;
+    for (Rule rule : {Rule::adamw, Rule::lion}) {
+        State got(n), want(n);
+        const float bad[] = {NAN, INFINITY, -INFINITY, 2e19f}; // the last one's square is not finite
+        Vector<float> grads = random_normal<float>(n, 5);
+        Optimizer opt{.lr = 1e-2f, .rule = rule};
+        got.update(grads, 1, opt), want.update(grads, 1, opt);
+        const State before = got;
+        for (int i = 0; i < 4; i++) grads[i * 200] = bad[i];
+        opt.t = 2;
+        Vector<OptimizerCounts> counts = {{10, 20, 30}};
+        got.update(grads, 1, opt, counts.data());
+        for (int i = 0; i < 4; i++) grads[i * 200] = 1;
+        want.update(grads, 1, opt);
+        CHECK(counts[0].non_finite == 14);
+        CHECK(counts[0].vanished == 20);
+        CHECK(counts[0].saturated == 30);
+        for (int64_t i = 0; i < n; i++) {
+            const State& expected = i % 200 == 0 && i < 800 ? before : want;
+            if (got.weights[i] != expected.weights[i]) CHECK(got.weights[i] == expected.weights[i]);
+            if (got.m[i] != expected.m[i]) CHECK(got.m[i] == expected.m[i]);
+            if (got.v[i] != expected.v[i]) CHECK(got.v[i] == expected.v[i]);
+        }
+    }
+}
+
+TEST_CASE("bf16 gradients are their floats") {
+    for (int64_t n : {5, 1003}) {
+        const Vector<bf16> half = random_normal<bf16>(n, 5);
+        Vector<float> grads(n);
+        for (int64_t i = 0; i < n; i++) grads[i] = to_float(half[i]);
+        State want(n), got(n);
+        want.update(grads, 0.7f, {.lr = 1e-2f}), got.update(half.data(), 0.7f, {.lr = 1e-2f});
+        CHECK(check::same_bits(got.weights, want.weights));
+        CHECK(check::same_bits(got.m, want.m));
+        CHECK(check::same_bits(got.v, want.v));
+    }
+}
+
 TEST_CASE("under a constant gradient every step is lr·sign(g): the corrections undo the β to the last digits") {
     State got(100);
     std::fill(got.weights.begin(), got.weights.end(), 0.f);
@@ -86,7 +156,7 @@ TEST_CASE("under a constant gradient every step is lr·sign(g): the corrections 
     for (float& g : grads) g += g > 0 ? 1 : -1;
     std::vector<double> want(100);
     for (int64_t t = 1; t <= 8; t++) {
-        got.update(grads, 1, AdamW{0.25f, 0.9f, 0.999f, 1e-12f, 0.f, t});
+        got.update(grads, 1, Optimizer{0.25f, 0.9f, 0.999f, 1e-12f, 0.f, t});
         for (int i = 0; i < 100; i++) want[i] -= grads[i] > 0 ? 0.25 : -0.25;
         check_close("p", got.weights, want, 4 * kFloat); // with 0.999ᵗ in float, 1e-5
     }
@@ -94,7 +164,7 @@ TEST_CASE("under a constant gradient every step is lr·sign(g): the corrections 
 
 TEST_CASE("a NaN scale changes nothing") {
     State got(100);
-    const AdamW opt{1e-3f};
+    const Optimizer opt{1e-3f};
     got.update(random_normal<float>(100, 5), 1, opt);
     const State before = got;
     got.update(random_normal<float>(100, 6), NAN, opt);
@@ -107,7 +177,7 @@ TEST_CASE("a NaN scale changes nothing") {
 TEST_CASE("each array from any address") {
     const int64_t n = 20;
     const Vector<float> grads = random_normal<float>(n, 5), scale = {0.5f};
-    const AdamW opt{1e-2f};
+    const Optimizer opt{1e-2f};
     State want(n);
     want.update(grads, 0.5f, opt);
     for (int shifted = 0; shifted < 5; shifted++) {
@@ -117,9 +187,9 @@ TEST_CASE("each array from any address") {
         check::Unaligned<real> params(got.params);
         float* at = shifted == 0 ? weights.data() : got.weights.data();
         real* rounded = shifted == 4 ? params.data() : got.params.data();
-        adamw_update(nullptr, kMaster ? rounded : reinterpret_cast<real*>(at), kMaster ? at : nullptr,
-                     shifted == 1 ? m.data() : got.m.data(), shifted == 2 ? v.data() : got.v.data(),
-                     shifted == 3 ? g.data() : grads.data(), scale.data(), n, opt);
+        const States states = states_of(shifted == 1 ? m.data() : got.m.data(), shifted == 2 ? v.data() : got.v.data());
+        optimizer_update(nullptr, kMaster ? rounded : reinterpret_cast<real*>(at), kMaster ? at : nullptr, states,
+                         shifted == 3 ? g.data() : grads.data(), scale.data(), nullptr, n, opt);
         check_close("weights", shifted == 0 ? weights.copy() : got.weights, to_double(want.weights), 2 * kFloat);
         check_close("m", shifted == 1 ? m.copy() : got.m, to_double(want.m), 2 * kFloat);
         check_close("v", shifted == 2 ? v.copy() : got.v, to_double(want.v), 2 * kFloat);
@@ -130,7 +200,7 @@ TEST_CASE("each array from any address") {
 
 TEST_CASE("updates are counted from 1") {
     State got(4);
-    CHECK_THROWS_AS(got.update({1, 2, 3, 4}, 1, AdamW{.lr = 1e-3f, .t = 0}), std::invalid_argument);
+    CHECK_THROWS_AS(got.update(Vector<float>{1, 2, 3, 4}, 1, Optimizer{.lr = 1e-3f, .t = 0}), std::invalid_argument);
 }
 
 TEST_CASE("the same bits on any number of threads") {
@@ -139,7 +209,7 @@ TEST_CASE("the same bits on any number of threads") {
         CAPTURE(threads);
         State got(10007);
         for (int64_t t = 1; t <= 3; t++)
-            got.update(random_normal<float>(10007, t), 0.7f, AdamW{1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, t});
+            got.update(random_normal<float>(10007, t), 0.7f, Optimizer{1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, t});
         if (first.weights.empty()) first = got;
         CHECK(check::same_bits(got.weights, first.weights));
         CHECK(check::same_bits(got.m, first.m));
@@ -148,7 +218,7 @@ TEST_CASE("the same bits on any number of threads") {
 }
 
 // A float's neighbours in bf16 and what chance makes of it, from the words of Philox: the contract once more.
-uint16_t rounded_by_chance(float x, const AdamW& opt, int64_t i) {
+uint16_t rounded_by_chance(float x, const Optimizer& opt, int64_t i) {
     const uint64_t stream = (uint64_t(0x6164616d) << 32) ^ (uint64_t(opt.tensor) << 40) ^ uint64_t(opt.t);
     const uint32_t word = philox(opt.seed, stream, uint64_t(i) >> 3).word[(i & 7) >> 1];
     const uint32_t noise = i & 1 ? word >> 16 : word & 0xffff;
@@ -165,14 +235,14 @@ template <class Real> struct Rounded {
     Rounded(int64_t n, uint64_t seed = 3) : weights(random_normal<Real>(n, seed)), start(weights) {}
     static float decayed(Real w) { return to_float(w) * (1 - 0x1p-10f); }
     // From `offset` on, so that other alignments have their turn.
-    void update(AdamW opt, int64_t offset = 0) {
+    void update(Optimizer opt, int64_t offset = 0) {
         const int64_t n = weights.size();
         opt.lr = 0x1p-5f, opt.weight_decay = 0x1p-5f;
         Vector<Real> there(n + offset);
         std::copy(weights.begin(), weights.end(), there.begin() + offset);
         Vector<float> m(n + offset), v(n + offset), grads(n + offset), scale = {1};
-        adamw_update(nullptr, there.data() + offset, nullptr, m.data() + offset, v.data() + offset,
-                     grads.data() + offset, scale.data(), n, opt);
+        optimizer_update(nullptr, there.data() + offset, nullptr, states_of(m.data() + offset, v.data() + offset),
+                         grads.data() + offset, scale.data(), nullptr, n, opt);
         std::copy(there.begin() + offset, there.end(), weights.begin());
     }
 };
@@ -180,7 +250,7 @@ template <class Real> struct Rounded {
 // In a template, for only the build whose params are bf16 may call the layer with them.
 template <class Real> void check_stochastic_rounding() {
     if constexpr (sizeof(Real) == 2) {
-        const AdamW base{.lr = 0, .t = 7, .seed = 0x123456789abcdef, .tensor = 5};
+        const Optimizer base{.lr = 0, .t = 7, .seed = 0x123456789abcdef, .tensor = 5};
         SUBCASE("the bits of the formula, for any length and alignment") {
             for (int64_t n : {1, 7, 8, 9, 2047, 2056, 5003})
                 for (int64_t offset : {0, 1}) {
@@ -201,16 +271,16 @@ template <class Real> void check_stochastic_rounding() {
         }
         SUBCASE("another step, seed or tensor is another noise; the same again repeats") {
             const int64_t n = 1000;
-            auto bits = [&](const AdamW& opt) {
+            auto bits = [&](const Optimizer& opt) {
                 Rounded<Real> got(n);
                 got.update(opt);
                 return got.weights;
             };
-            AdamW t = base, seed = base, tensor = base;
+            Optimizer t = base, seed = base, tensor = base;
             t.t++, seed.seed++, tensor.tensor++;
             const Vector<Real> first = bits(base);
             CHECK(check::same_bits(first, bits(base)));
-            for (const AdamW& other : {t, seed, tensor}) {
+            for (const Optimizer& other : {t, seed, tensor}) {
                 const Vector<Real> second = bits(other);
                 int64_t differ = 0;
                 for (int64_t i = 0; i < n; i++) differ += first[i].bits != second[i].bits;
@@ -224,7 +294,7 @@ template <class Real> void check_stochastic_rounding() {
             std::vector<double> at_place(8), place_variance(8); // of the eight that share a Philox block
             for (int step = 0; step < steps; step++) {
                 Rounded<Real> got(n);
-                AdamW opt = base;
+                Optimizer opt = base;
                 opt.t = 1 + step;
                 got.update(opt);
                 for (int64_t i = 0; i < n; i++) {
@@ -256,15 +326,18 @@ template <class Real> void check_stochastic_rounding() {
             const int64_t n = 1003;
             Vector<Real> weights = random_normal<Real>(n, 3), before = weights, copy(n);
             Vector<float> master(n), m(n), v(n), m2(n), v2(n), grads = random_normal<float>(n, 4), scale = {NAN};
-            adamw_update(nullptr, weights.data(), nullptr, m.data(), v.data(), grads.data(), scale.data(), n, base);
+            optimizer_update(nullptr, weights.data(), nullptr, states_of(m.data(), v.data()), grads.data(),
+                             scale.data(), nullptr, n, base);
             CHECK(check::same_bits(weights, before));
             CHECK(check::same_bits(m, Vector<float>(n)));
             scale[0] = 0.5f;
-            AdamW opt = base;
+            Optimizer opt = base;
             opt.lr = 1e-2f;
             for (int64_t i = 0; i < n; i++) master[i] = to_float(weights[i]);
-            adamw_update(nullptr, weights.data(), nullptr, m.data(), v.data(), grads.data(), scale.data(), n, opt);
-            adamw_update(nullptr, copy.data(), master.data(), m2.data(), v2.data(), grads.data(), scale.data(), n, opt);
+            optimizer_update(nullptr, weights.data(), nullptr, states_of(m.data(), v.data()), grads.data(),
+                             scale.data(), nullptr, n, opt);
+            optimizer_update(nullptr, copy.data(), master.data(), states_of(m2.data(), v2.data()), grads.data(),
+                             scale.data(), nullptr, n, opt);
             CHECK(check::same_bits(m, m2));
             CHECK(check::same_bits(v, v2));
             for (int64_t i = 0; i < n; i++) // one of the two neighbours of what the float weights became
@@ -287,12 +360,13 @@ TEST_CASE("more than 2^31 parameters: the last ones are right" * doctest::test_s
     check::Huge<real> params(kMaster ? n : 1, true);
     memcpy(&weights[n - tail], want.weights.data(), tail * sizeof(float));
     memcpy(&g[n - tail], grads.data(), tail * sizeof(float));
-    const AdamW opt{1e-2f};
+    const Optimizer opt{1e-2f};
     const Vector<float> scale = {1};
     want.update(grads, 1, opt);
     check::OnlyBlocks some(check::blocks_at(double(int64_t(1) << 31) / n));
-    adamw_update(nullptr, kMaster ? params.data() : reinterpret_cast<real*>(weights.data()),
-                 kMaster ? weights.data() : nullptr, m.data(), v.data(), g.data(), scale.data(), n, opt);
+    optimizer_update(nullptr, kMaster ? params.data() : reinterpret_cast<real*>(weights.data()),
+                     kMaster ? weights.data() : nullptr, states_of(m.data(), v.data()), g.data(), scale.data(), nullptr,
+                     n, opt);
     CHECK(memcmp(&weights[n - tail], want.weights.data(), tail * sizeof(float)) == 0);
     CHECK(memcmp(&v[n - tail], want.v.data(), tail * sizeof(float)) == 0);
     if (kMaster) CHECK(memcmp(&params[n - tail], want.params.data(), tail * sizeof(real)) == 0);
