@@ -76,22 +76,22 @@ enum Param { wte, wpe, ln1w, ln1b, qkvw, qkvb, attprojw, attprojb, ln2w, ln2b, f
 Tensors gpt2_tensors(const Gpt2Config& c) {
     int64_t L = c.L, C = c.C;
     Tensors t;
-    t.add("wte", 1, c.Vp * C, true); // (Vp,C), rows >= V stay zero
-    t.add("wpe", 1, c.maxT * C, true);
-    t.add("ln1w", L, C, false);
-    t.add("ln1b", L, C, false);
-    t.add("qkvw", L, 3 * C * C, true); // (L,3C,C)
-    t.add("qkvb", L, 3 * C, false);
-    t.add("attprojw", L, C * C, true);
-    t.add("attprojb", L, C, false);
-    t.add("ln2w", L, C, false);
-    t.add("ln2b", L, C, false);
-    t.add("fcw", L, 4 * C * C, true); // (L,4C,C)
-    t.add("fcb", L, 4 * C, false);
-    t.add("fcprojw", L, C * 4 * C, true); // (L,C,4C)
-    t.add("fcprojb", L, C, false);
-    t.add("lnfw", 1, C, false);
-    t.add("lnfb", 1, C, false);
+    t.add("wte", TensorKind::embedding, c.Vp * C); // (Vp,C), rows >= V stay zero
+    t.add("wpe", TensorKind::embedding, c.maxT * C);
+    t.add_layers("ln1w", TensorKind::vector, L, C);
+    t.add_layers("ln1b", TensorKind::vector, L, C);
+    t.add_layers("qkvw", TensorKind::matrix, L, 3 * C * C); // (L,3C,C)
+    t.add_layers("qkvb", TensorKind::vector, L, 3 * C);
+    t.add_layers("attprojw", TensorKind::matrix, L, C * C);
+    t.add_layers("attprojb", TensorKind::vector, L, C);
+    t.add_layers("ln2w", TensorKind::vector, L, C);
+    t.add_layers("ln2b", TensorKind::vector, L, C);
+    t.add_layers("fcw", TensorKind::matrix, L, 4 * C * C); // (L,4C,C)
+    t.add_layers("fcb", TensorKind::vector, L, 4 * C);
+    t.add_layers("fcprojw", TensorKind::matrix, L, C * 4 * C); // (L,C,4C)
+    t.add_layers("fcprojb", TensorKind::vector, L, C);
+    t.add("lnfw", TensorKind::vector, C);
+    t.add("lnfb", TensorKind::vector, C);
     return t;
 }
 
@@ -134,7 +134,8 @@ struct ActivationGradients {
 
 class Gpt2 : public Transformer {
 public:
-    Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training);
+    Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training,
+         const TrainingMemory& memory = {});
     void init_weights(uint64_t seed);
     // `from` is the file's own configuration; a longer wpe than its is filled as `positions` says.
     void read_file(const MappedFile& file, FileType type, const Gpt2Config& from, const Options& options);
@@ -155,8 +156,9 @@ private:
     Header header() const override;
 };
 
-Gpt2::Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training)
-    : Transformer(device, config, gpt2_tensors(config), wte, B, T, training), c_(config) {
+Gpt2::Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training,
+           const TrainingMemory& memory)
+    : Transformer(device, config, gpt2_tensors(config), wte, B, T, training, memory), c_(config) {
     int64_t C = c_.C, L = training ? c_.L : 1, N = N_, G = training ? N_ : 0;
     arena_.place(a_.positions, c_.tied ? N : 0, "positions");
     arena_.place(a_.x0, N * C, "embeddings");
@@ -198,7 +200,7 @@ void Gpt2::init_weights(uint64_t seed) {
         int64_t end = i == wte ? c_.V * c_.C : t.count;
         fill_weights(device_, t, [&](int64_t k) -> float {
             if (is_gain) return 1;
-            return t.decay && k < end ? std * random_normal(seed, i, k) : 0;
+            return t.decay() && k < end ? std * random_normal(seed, i, k) : 0;
         });
     }
 }
@@ -237,7 +239,7 @@ void Gpt2::read_file(const MappedFile& file, FileType type, const Gpt2Config& fr
 }
 
 Header Gpt2::header() const {
-    Header header = make_header(kModelMagic, c_);
+    Header header = make_header(kModelMagic, c_, weights_type(params_));
     if (c_.tied) header[8] = 1, header[9] = int32_t(c_.tied);
     return header;
 }
@@ -309,6 +311,7 @@ void Gpt2::backward(int64_t B) {
     fill_zero(device_, d_.x, N * C * sizeof(real));
     layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), dlnf_, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
                        scratch_, N, C);
+    gradients_done({lnfw, lnfb});
     for (int64_t l = c_.L - 1; l >= 0; l--) {
         const real* x = l ? at(a_.x2, l - 1, C) : a_.x0; // the block's input
 
@@ -331,8 +334,10 @@ void Gpt2::backward(int64_t B) {
         matmul_backward_input(mm, d_.ln, d_.qkv, w(qkvw, l), nullptr, N, C, 3 * C);
         layernorm_backward(s, d_.x, dw(ln1w, l), dw(ln1b, l), d_.ln, x, w(ln1w, l), at(a_.mean1, l, 1),
                            at(a_.rstd1, l, 1), scratch_, N, C);
+        layer_done(l);
     }
     embedding_backward(s, dw(wte), dw(wpe), d_.x, tokens_, scratch_, embedding_shape(B, 0, T));
+    gradients_done({wte, wpe});
 }
 
 Cost Gpt2::step_cost(int64_t B) const {
@@ -369,7 +374,7 @@ void run_gpt2(int argc, char** argv) {
     }
     if (!T) T = std::max(config.maxT, config.tied);
     Device device(options.threads);
-    Gpt2 model(device, config, options.batch, T, options.eval.empty());
+    Gpt2 model(device, config, options.batch, T, options.eval.empty(), training_memory(options));
     if (!file)
         model.init_weights(options.seed);
     else

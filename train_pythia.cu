@@ -120,22 +120,22 @@ enum Param {
 Tensors pythia_tensors(const PythiaConfig& c) {
     int64_t L = c.L, C = c.C;
     Tensors t;
-    t.add("embedin", 1, c.Vp * C, true); // (Vp,C), rows >= V stay zero
-    t.add("ln1w", L, C, false);
-    t.add("ln1b", L, C, false);
-    t.add("qkvw", L, 3 * C * C, true); // (L,H,3,D,C)
-    t.add("qkvb", L, 3 * C, false);    // (L,H,3,D)
-    t.add("attprojw", L, C * C, true);
-    t.add("attprojb", L, C, false);
-    t.add("ln2w", L, C, false);
-    t.add("ln2b", L, C, false);
-    t.add("fcw", L, 4 * C * C, true); // (L,4C,C)
-    t.add("fcb", L, 4 * C, false);
-    t.add("fcprojw", L, C * 4 * C, true); // (L,C,4C)
-    t.add("fcprojb", L, C, false);
-    t.add("lnfw", 1, C, false);
-    t.add("lnfb", 1, C, false);
-    t.add("embedout", 1, c.Vp * C, true); // (Vp,C), rows >= V stay zero
+    t.add("embedin", TensorKind::embedding, c.Vp * C); // (Vp,C), rows >= V stay zero
+    t.add_layers("ln1w", TensorKind::vector, L, C);
+    t.add_layers("ln1b", TensorKind::vector, L, C);
+    t.add_layers("qkvw", TensorKind::matrix, L, 3 * C * C); // (L,H,3,D,C)
+    t.add_layers("qkvb", TensorKind::vector, L, 3 * C);     // (L,H,3,D)
+    t.add_layers("attprojw", TensorKind::matrix, L, C * C);
+    t.add_layers("attprojb", TensorKind::vector, L, C);
+    t.add_layers("ln2w", TensorKind::vector, L, C);
+    t.add_layers("ln2b", TensorKind::vector, L, C);
+    t.add_layers("fcw", TensorKind::matrix, L, 4 * C * C); // (L,4C,C)
+    t.add_layers("fcb", TensorKind::vector, L, 4 * C);
+    t.add_layers("fcprojw", TensorKind::matrix, L, C * 4 * C); // (L,C,4C)
+    t.add_layers("fcprojb", TensorKind::vector, L, C);
+    t.add("lnfw", TensorKind::vector, C);
+    t.add("lnfb", TensorKind::vector, C);
+    t.add("embedout", TensorKind::embedding, c.Vp * C); // (Vp,C), rows >= V stay zero
     return t;
 }
 
@@ -194,7 +194,8 @@ struct ActivationGradients {
 
 class Pythia : public Transformer {
 public:
-    Pythia(const Device& device, const PythiaConfig& config, int64_t B, int64_t T, bool training);
+    Pythia(const Device& device, const PythiaConfig& config, int64_t B, int64_t T, bool training,
+           const TrainingMemory& memory = {});
     void init_weights(uint64_t seed);
     void read_file(const MappedFile& file, FileType type);
 
@@ -216,8 +217,9 @@ private:
     Header header() const override;
 };
 
-Pythia::Pythia(const Device& device, const PythiaConfig& config, int64_t B, int64_t T, bool training)
-    : Transformer(device, config, pythia_tensors(config), embedout, B, T, training), c_(config),
+Pythia::Pythia(const Device& device, const PythiaConfig& config, int64_t B, int64_t T, bool training,
+               const TrainingMemory& memory)
+    : Transformer(device, config, pythia_tensors(config), embedout, B, T, training, memory), c_(config),
       rotary_(make_rotary(config.rope, T)),
       score_scale_(float(rope_score_factor(config.rope) / std::sqrt(double(config.D())))) {
     int64_t C = c_.C, L = training ? c_.L : 1, N = N_, G = training ? N_ : 0;
@@ -260,7 +262,7 @@ void Pythia::init_weights(uint64_t seed) {
         int64_t end = i == embedin || i == embedout ? c_.V * c_.C : t.count;
         fill_weights(device_, t, [&](int64_t k) -> float {
             if (is_gain) return 1;
-            return t.decay && k < end ? (is_projection ? projection_std : std) * random_normal(seed, i, k) : 0;
+            return t.decay() && k < end ? (is_projection ? projection_std : std) * random_normal(seed, i, k) : 0;
         });
     }
 }
@@ -271,7 +273,7 @@ void Pythia::read_file(const MappedFile& file, FileType type) {
 }
 
 Header Pythia::header() const {
-    Header h = make_header(kPythiaMagic, c_);
+    Header h = make_header(kPythiaMagic, c_, weights_type(params_));
     const Rope& rope = c_.rope;
     int64_t values[] = {
         rope.dims, c_.parallel, c_.gelu == Gelu::tanh ? 1 : 2, int(rope.mode), rope.softmax_temperature, rope.original};
@@ -356,6 +358,7 @@ void Pythia::backward(int64_t B) {
     fill_zero(device_, d_.x, N * C * sizeof(real));
     layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), dlnf_, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
                        scratch_, N, C);
+    gradients_done({lnfw, lnfb});
     for (int64_t l = c_.L - 1; l >= 0; l--) {
         const real* x = l ? at(a_.x2, l - 1, C) : a_.x0; // the block's input
         auto through_ln2 = [&](const real* input) {
@@ -384,8 +387,10 @@ void Pythia::backward(int64_t B) {
         if (c_.parallel) through_ln2(x);
         layernorm_backward(s, d_.x, dw(ln1w, l), dw(ln1b, l), d_.ln1, x, w(ln1w, l), at(a_.mean1, l, 1),
                            at(a_.rstd1, l, 1), scratch_, N, C);
+        layer_done(l);
     }
     embedding_backward(s, dw(embedin), nullptr, d_.x, tokens_, scratch_, {B, T, C});
+    gradients_done({embedin});
 }
 
 Cost Pythia::step_cost(int64_t B) const {
@@ -424,7 +429,7 @@ void run_pythia(int argc, char** argv) {
         apply_options(config, options, T);
     }
     Device device(options.threads);
-    Pythia model(device, config, options.batch, T, options.eval.empty());
+    Pythia model(device, config, options.batch, T, options.eval.empty(), training_memory(options));
     if (file)
         model.read_file(*file, type);
     else

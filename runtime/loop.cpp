@@ -120,7 +120,7 @@ public:
         targets_.resize(B_ * T_);
     }
     double mean_loss(Model& model) {
-        model.clear(false);
+        model.clear_loss();
         for (int64_t first = 0; first < count_; first += B_) {
             int64_t B = std::min(B_, count_ - first);
             for (int64_t b = 0; b < B; b++) windows_.read(first + b, &tokens_[b * T_], &targets_[b * T_]);
@@ -279,7 +279,7 @@ void Run::one_step() {
     double start = seconds();
     int64_t B = options_.batch, T = options_.context, micro_steps = options_.tokens_per_step / (B * T);
     std::vector<int32_t> tokens(B * T), targets(B * T);
-    model_.clear(true);
+    model_.begin_step(step_);
     for (int64_t i = 0; i < micro_steps; i++) {
         loader_->next(tokens.data(), targets.data(), B);
         model_.accumulate(tokens.data(), targets.data(), B, 1.0 / options_.tokens_per_step);
@@ -294,20 +294,27 @@ void Run::one_step() {
         skips_ = 0;
         losses_.accept(loss);
         norms_.accept(norm);
-        model_.update({float(lr), float(options_.beta1), float(options_.beta2), float(options_.eps),
-                       float(options_.weight_decay), updates_});
+        Optimizer optimizer{float(lr),           float(options_.beta1),        float(options_.beta2),
+                            float(options_.eps), float(options_.weight_decay), updates_,
+                            options_.seed};
+        optimizer.floor_v = options_.state_floor == "on";
+        model_.update(optimizer);
+        OptimizerCounts counts = model_.counts(); // waits for the update
         double took = seconds() - start;
         double flops = model_.step_cost(B).flops * micro_steps;
         double rate = options_.tokens_per_step / took, percent = 100 * flops / took / device_.peak_flops;
-        log_->write({{"event", "step"},
-                     {"step", step_},
-                     {"loss", loss},
-                     {"lr", lr},
-                     {"grad_norm", norm},
-                     {"tokens", this->tokens()},
-                     {"tokens_per_second", rate},
-                     {"ms", took * 1e3},
-                     {"peak_percent", percent}});
+        json event = {{"event", "step"},
+                      {"step", step_},
+                      {"loss", loss},
+                      {"lr", lr},
+                      {"grad_norm", norm},
+                      {"tokens", this->tokens()},
+                      {"tokens_per_second", rate},
+                      {"ms", took * 1e3},
+                      {"peak_percent", percent}};
+        if (options_.state == "int8") event.update({{"vanished", counts.vanished}, {"saturated", counts.saturated}});
+        if (options_.state == "int8" || counts.non_finite) event["non_finite"] = counts.non_finite;
+        log_->write(event);
         progress_.step({step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
     } else {
         skips_++;

@@ -24,13 +24,15 @@ struct Model {
     virtual void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) = 0;
     // Forward alone: loss += factor · Σ losses.
     virtual void evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) = 0;
-    // Clears the loss; `gradients` too.
-    virtual void clear(bool gradients) = 0;
+    virtual void clear_loss() = 0;
+    // Clears loss, gradients and counts; the step's number is part of what noise it draws.
+    virtual void begin_step(int64_t step) = 0;
     // Norm of all gradients, and the scale that clips them, both left on the device for update().
     virtual void measure_gradients(double clip) = 0;
     virtual void update(const Optimizer& options) = 0;
     virtual double loss() = 0;
     virtual double grad_norm() = 0;
+    virtual OptimizerCounts counts() = 0; // of this step's update
 
     // One sequence with a KV cache: rows [start, start+n) of a sequence whose earlier rows were given before; fills
     // logits (V) of the last row. Uses the activations' memory, so a step in between ends the sequence.

@@ -33,6 +33,8 @@ struct Options {
     double final_lr = 0.1, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1;
     double skip_z = 0;      // 0: off
     int64_t max_skips = 10; // skipped updates in a row that end the run
+    std::string optimizer = "adamw", state = "fp32", state_embeddings = "fp32", state_floor = "on";
+    std::string master = "fp32", grad = "fp32";
     // habits; 0 turns each off
     int64_t val_every = 250, val_tokens = 1 << 17; // val_tokens 0: all
     int64_t sample_every = 500, sample_tokens = 128;

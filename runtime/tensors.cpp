@@ -7,14 +7,23 @@
 // Elements that are staged on the host at a time: device memory need not be readable here.
 constexpr int64_t kStage = 1 << 20;
 
-void Tensors::add(const std::string& name, int64_t layers, int64_t layer_count, bool decay) {
+// Tensors, and the parts of their states, begin at multiples of this many elements and bytes.
+static int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t kTensorUnit = 64, kStateUnit = 256;
+
+void Tensors::add(const std::string& name, TensorKind kind, int64_t count) {
     Tensor tensor;
     tensor.name = name;
-    tensor.layers = layers;
-    tensor.count = layers * layer_count;
-    tensor.decay = decay;
+    tensor.kind = kind;
+    tensor.layers = 0;
+    tensor.count = count;
     list.push_back(tensor);
-    padded += (tensor.count + 63) / 64 * 64;
+    padded += round_up(count, kTensorUnit);
+}
+
+void Tensors::add_layers(const std::string& name, TensorKind kind, int64_t layers, int64_t layer_count) {
+    add(name, kind, layers * layer_count);
+    list.back().layers = layers;
 }
 
 int64_t Tensors::count() const {
@@ -23,22 +32,84 @@ int64_t Tensors::count() const {
     return sum;
 }
 
-void Tensors::place(Arena& arena, bool training) {
-    bool with_masters = training && sizeof(real) < sizeof(float);
+StateType Tensors::state_type(const Tensor& t) const {
+    constexpr int64_t kSmall = 4096; // below it 8 bits save nothing that counts
+    if (memory.state != StateType::int8) return memory.state;
+    bool narrow = t.kind == TensorKind::matrix || (t.kind == TensorKind::embedding && memory.int8_embeddings);
+    return narrow && t.count >= kSmall ? StateType::int8 : StateType::fp32;
+}
+
+// The arrays of a tensor's states: where each pointer is and how many bytes belong there.
+struct StateArray {
+    void** pointer;
+    size_t bytes;
+};
+static std::vector<StateArray> state_arrays(Tensor& t, Rule rule) {
+    const int64_t each = t.states.type == StateType::fp32 ? 4 : t.states.type == StateType::bf16 ? 2 : 1;
+    std::vector<StateArray> arrays = {{&t.states.m, size_t(t.count * each)}};
+    if (rule == Rule::adamw) arrays.push_back({&t.states.v, size_t(t.count * each)});
+    if (t.states.type != StateType::int8) return arrays;
+    const size_t absmax = absmax_count(t.count) * sizeof(float);
+    arrays.push_back({reinterpret_cast<void**>(&t.states.m_absmax), absmax});
+    if (rule == Rule::adamw) arrays.push_back({reinterpret_cast<void**>(&t.states.v_absmax), absmax});
+    return arrays;
+}
+
+size_t Tensors::states_bytes() const {
+    size_t sum = 0;
+    for (Tensor t : list) {
+        t.states.type = state_type(t);
+        for (const StateArray& array : state_arrays(t, memory.rule)) sum += round_up(array.bytes, kStateUnit);
+    }
+    return sum;
+}
+
+// Where a tensor's gradient is staged, in elements: the tensors of a layer one after another, and tensors that no layer
+// owns from the beginning again, since their gradients are not made at the same time. `most`: the room for all.
+static std::vector<int64_t> staging_offsets(const std::vector<Tensor>& list, int64_t& most) {
+    std::vector<int64_t> offsets;
+    int64_t in_layer = 0, alone = 0;
+    most = 0;
+    for (const Tensor& t : list) {
+        if (t.layers) alone = 0;
+        int64_t& offset = t.layers ? in_layer : alone;
+        offsets.push_back(offset);
+        offset += round_up(t.layer_count(), kTensorUnit);
+        most = std::max(most, offset);
+    }
+    return offsets;
+}
+
+void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
+    memory = chosen;
+    const bool wide_grads = training && !memory.bf16_grads, narrow_grads = training && memory.bf16_grads;
+    int64_t staged;
+    staging_offsets(list, staged);
     arena.place(params, padded, "weights");
-    arena.place(masters, with_masters ? padded : 0, "master weights");
-    arena.place(grads, training ? padded : 0, "gradients");
-    arena.place(ms, training ? padded : 0, "first moments");
-    arena.place(vs, training ? padded : 0, "second moments");
+    arena.place(masters, training && memory.master && sizeof(real) < sizeof(float) ? padded : 0, "master weights");
+    arena.place(grads, wide_grads ? padded : 0, "gradients");
+    arena.place(grads_bf16, narrow_grads ? padded : 0, "gradients");
+    arena.place(staging, narrow_grads ? staged : 0, "gradients of a layer");
+    arena.place(states, training ? states_bytes() : 0, "optimizer states");
 }
 
 void Tensors::link() {
-    int64_t offset = 0;
-    auto at = [&](float* run) { return run ? run + offset : nullptr; };
-    for (Tensor& t : list) {
+    int64_t offset = 0, most;
+    char* state = states;
+    const std::vector<int64_t> stage = staging_offsets(list, most);
+    auto at = [](auto* run, int64_t offset) { return run ? run + offset : nullptr; };
+    for (size_t i = 0; i < list.size(); i++) {
+        Tensor& t = list[i];
         t.param = params + offset;
-        t.master = at(masters), t.grad = at(grads), t.m = at(ms), t.v = at(vs);
-        offset += (t.count + 63) / 64 * 64;
+        t.master = at(masters, offset), t.grad = at(grads, offset), t.grad_bf16 = at(grads_bf16, offset);
+        t.staged = at(staging, stage[i]);
+        offset += round_up(t.count, kTensorUnit);
+        if (!states) continue;
+        t.states.type = state_type(t);
+        for (const StateArray& array : state_arrays(t, memory.rule)) {
+            *array.pointer = state;
+            state += round_up(array.bytes, kStateUnit);
+        }
     }
 }
 
@@ -116,51 +187,57 @@ void WeightsReader::read(const Device& device, Tensor& tensor) {
     }
 }
 
-// Values in device memory, as floats, to a file.
-template <class T> static void write_floats(const Device& device, FileWriter& file, const T* from, int64_t count) {
-    std::vector<T> stage(std::min(kStage, count));
-    std::vector<float> wide(stage.size());
-    for (int64_t first = 0; first < count; first += kStage) {
-        int64_t n = std::min(kStage, count - first);
-        download(device, stage.data(), from + first, n * sizeof(T));
-        for (int64_t i = 0; i < n; i++) wide[i] = to_float(stage[i]);
-        file.write(wide.data(), n * sizeof(float));
+// Device memory to a file as it is, a piece at a time.
+static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes) {
+    std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));
+    for (size_t first = 0; first < bytes; first += stage.size()) {
+        size_t n = std::min(stage.size(), bytes - first);
+        download(device, stage.data(), static_cast<const char*>(from) + first, n);
+        file.write(stage.data(), n);
     }
 }
+
+FileType weights_type(const Tensors& tensors) { return tensors.float_weights() ? FileType::fp32 : FileType::bf16; }
 
 void write_weights(const Device& device, FileWriter& file, const Tensors& tensors) {
-    for (const Tensor& t : tensors.list) {
-        if (t.master)
-            write_floats(device, file, t.master, t.count);
-        else
-            write_floats(device, file, t.param, t.count);
-    }
+    const size_t size = element_bytes(weights_type(tensors));
+    for (const Tensor& t : tensors.list)
+        write_bytes(device, file, t.master ? static_cast<const void*>(t.master) : t.param, t.count * size);
 }
 
-uint64_t weight_bytes(const Tensors& tensors) { return tensors.count() * sizeof(float); }
+uint64_t weight_bytes(const Tensors& tensors) { return tensors.count() * element_bytes(weights_type(tensors)); }
+
+static Header state_header(const Tensors& tensors) {
+    Header header{kStateMagic, 2, static_cast<int32_t>(tensors.list.size()), int32_t(tensors.memory.rule)};
+    for (size_t i = 0; i < tensors.list.size(); i++) header[4 + i] = int32_t(tensors.list[i].states.type);
+    return header;
+}
 
 void write_state(const Device& device, FileWriter& file, const Tensors& tensors) {
-    Header header{kStateMagic, 1, static_cast<int32_t>(tensors.list.size())};
+    Header header = state_header(tensors);
     file.write(header.data(), kHeaderBytes);
-    for (const Tensor& t : tensors.list) write_floats(device, file, t.m, t.count);
-    for (const Tensor& t : tensors.list) write_floats(device, file, t.v, t.count);
+    for (Tensor t : tensors.list)
+        for (const StateArray& array : state_arrays(t, tensors.memory.rule))
+            write_bytes(device, file, *array.pointer, array.bytes);
 }
 
 void read_state(const Device& device, const MappedFile& file, Tensors& tensors) {
-    Header header = read_header(file);
-    if (header[0] != kStateMagic || header[1] != 1 || header[2] != static_cast<int32_t>(tensors.list.size()) ||
-        file.size() != state_bytes(tensors))
-        throw BadInput(file.path() + ": not the optimizer state of this model");
+    if (read_header(file) != state_header(tensors) || file.size() != state_bytes(tensors))
+        throw BadInput(file.path() + ": not the optimizer state of this model, optimizer and --state");
     size_t offset = kHeaderBytes;
-    auto read = [&](float* to, int64_t count) {
-        upload(device, to, file.at(offset, count * sizeof(float)), count * sizeof(float));
-        offset += count * sizeof(float);
-    };
-    for (Tensor& t : tensors.list) read(t.m, t.count);
-    for (Tensor& t : tensors.list) read(t.v, t.count);
+    for (Tensor& t : tensors.list)
+        for (const StateArray& array : state_arrays(t, tensors.memory.rule)) {
+            upload(device, *array.pointer, file.at(offset, array.bytes), array.bytes);
+            offset += array.bytes;
+        }
 }
 
-uint64_t state_bytes(const Tensors& tensors) { return kHeaderBytes + 2 * tensors.count() * sizeof(float); }
+uint64_t state_bytes(const Tensors& tensors) {
+    uint64_t sum = kHeaderBytes;
+    for (Tensor t : tensors.list)
+        for (const StateArray& array : state_arrays(t, tensors.memory.rule)) sum += array.bytes;
+    return sum;
+}
 
 void fill_weights(const Device& device, Tensor& tensor, const std::function<float(int64_t)>& value) {
     std::vector<float> stage(std::min(kStage, tensor.count));

@@ -6,34 +6,58 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/optimizer.h"
 #include "arena.h"
 #include "device.h"
 #include "files.h"
 
-struct Tensor {
-    std::string name;
-    int64_t layers, count;            // of all layers together; a tensor that no layer owns has one
-    bool decay;                       // weight decay: matrices only
-    real* param = nullptr;            // (count) what the layers read
-    float* master = nullptr;          // (count) the float weights; null where param is float itself
-    float* grad = nullptr;            // (count) in training
-    float *m = nullptr, *v = nullptr; // (count) AdamW's moments, in training
-
-    int64_t layer_count() const { return count / layers; }
+// What training keeps beside each weight.
+struct TrainingMemory {
+    Rule rule = Rule::adamw;
+    StateType state = StateType::fp32;
+    bool int8_embeddings = false; // else embeddings keep fp32 states where the others are int8
+    bool master = true;           // float weights beside bf16 ones
+    bool bf16_grads = false;
 };
 
-// All parameters of a model, each kind in one run of memory, so that the norm and the zeroing are one call.
+enum class TensorKind { matrix, embedding, vector }; // vectors: biases, LayerNorm; they do not decay
+
+struct Tensor {
+    std::string name;
+    TensorKind kind;
+    int64_t layers;                                   // 0: no layer owns it
+    int64_t count;                                    // of all layers together
+    real* param = nullptr;                            // (count) what the layers read
+    float* master = nullptr;                          // (count) the float weights; null where param is all there is
+    float* grad = nullptr;                            // (count) in training, unless gradients are bf16; then
+    bf16* grad_bf16 = nullptr;                        // (count), to which a layer's part is added from
+    float* staged = nullptr;                          // (layer_count()), all zero between two layers
+    States states{StateType::fp32, nullptr, nullptr}; // in training
+
+    bool decay() const { return kind != TensorKind::vector; }
+    int64_t layer_count() const { return layers ? count / layers : count; }
+};
+
+// All parameters of a model, each kind of number in one run of memory, so that the norm and the zeroing are one call.
 struct Tensors {
     std::vector<Tensor> list;
+    TrainingMemory memory;
     real* params = nullptr;
-    float *masters = nullptr, *grads = nullptr, *ms = nullptr, *vs = nullptr;
+    float *masters = nullptr, *grads = nullptr, *staging = nullptr;
+    bf16* grads_bf16 = nullptr;
+    char* states = nullptr;
     int64_t padded = 0; // elements in each run; a tensor begins at a multiple of 64, the gaps stay 0
 
-    void add(const std::string& name, int64_t layers, int64_t layer_count, bool decay);
+    void add(const std::string& name, TensorKind kind, int64_t count);
+    void add_layers(const std::string& name, TensorKind kind, int64_t layers, int64_t layer_count);
     // Notes the runs in the arena; call link() after arena.commit().
-    void place(Arena& arena, bool training);
+    void place(Arena& arena, bool training, const TrainingMemory& memory);
     void link();
     int64_t count() const; // parameters
+    bool float_weights() const { return sizeof(real) == sizeof(float) || masters; }
+    // Blocks of 8-bit states never span two layers: a layer's matrix is a multiple of 256.
+    StateType state_type(const Tensor& tensor) const;
+    size_t states_bytes() const;
 };
 
 // Every model and shard file of llm.c's manner begins with 256 int32.
@@ -65,11 +89,13 @@ private:
     void read_floats(float* to, int64_t count);
 };
 
-// Writes every tensor in order, as float: from the master weights where they exist.
+// Writes every tensor in order: float from the master weights, where the weights are float, else bf16 as they are.
 void write_weights(const Device& device, FileWriter& file, const Tensors& tensors);
+FileType weights_type(const Tensors& tensors);
 uint64_t weight_bytes(const Tensors& tensors);
 
-// The optimizer's state: header (kStateMagic, 1, number of tensors), then each tensor's m, then each tensor's v, float.
+// The optimizer's state: header (kStateMagic, 2, number of tensors, rule, then each tensor's StateType), then for each
+// tensor its m, v and their absmax, whichever it has, as they are in memory.
 constexpr int32_t kStateMagic = 20261123;
 void write_state(const Device& device, FileWriter& file, const Tensors& tensors);
 void read_state(const Device& device, const MappedFile& file, Tensors& tensors);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../kernels/accumulate.h"
 #include "../kernels/attention.h"
 #include "../kernels/classifier.h"
 #include "../kernels/global_norm.h"
@@ -32,21 +33,31 @@ ModelSizes read_sizes(const MappedFile& file, int32_t magic, const char* family,
     return s;
 }
 
-Header make_header(int32_t magic, const ModelSizes& s) {
+Header make_header(int32_t magic, const ModelSizes& s, FileType type) {
     Header header{};
-    int64_t values[] = {magic, 3, s.maxT, s.V, s.L, s.H, s.C, s.Vp};
+    int64_t values[] = {magic, type == FileType::fp32 ? 3 : 5, s.maxT, s.V, s.L, s.H, s.C, s.Vp};
     std::transform(std::begin(values), std::end(values), header.begin(), [](int64_t x) { return int32_t(x); });
     return header;
+}
+
+TrainingMemory training_memory(const Options& options) {
+    TrainingMemory memory;
+    if (options.optimizer == "lion") memory.rule = Rule::lion;
+    if (options.state != "fp32") memory.state = options.state == "bf16" ? StateType::bf16 : StateType::int8;
+    memory.int8_embeddings = options.state_embeddings == "int8";
+    memory.master = options.master == "fp32";
+    memory.bf16_grads = options.grad == "bf16";
+    return memory;
 }
 
 // Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.
 constexpr int64_t kClassifierChunk = 512;
 
 Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, size_t unembedding, int64_t B,
-                         int64_t T, bool training)
+                         int64_t T, bool training, const TrainingMemory& memory)
     : device_(device), B_(B), T_(T), N_(B * T), training_(training), params_(std::move(tensors)), C_(sizes.C),
       V_(sizes.V), Vp_(sizes.Vp), K_(std::min(N_, kClassifierChunk)), unembedding_(unembedding) {
-    params_.place(arena_, training);
+    params_.place(arena_, training, memory);
     arena_.place(tokens_, N_, "tokens");
     arena_.place(targets_, N_, "targets");
     arena_.place(lnf_, N_ * C_, "lnf");
@@ -56,6 +67,8 @@ Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors 
     arena_.place(loss_, 1, "loss");
     arena_.place(norm_, 1, "norm");
     arena_.place(scale_, 1, "clip scale");
+    arena_.place(counts_, 1, "counts");
+    arena_.place(draw_, 1, "noise");
 }
 
 void Transformer::commit(size_t scratch) {
@@ -89,6 +102,7 @@ void Transformer::losses(int64_t N, double factor, bool gradients) {
         matmul_backward_weight(device_.matmul, dw(unembedding_), nullptr, logits_, lnf, K, C_, Vp_);
         matmul_backward_input(device_.matmul, dlnf_ + n * C_, logits_, weights, nullptr, K, C_, Vp_);
     }
+    if (gradients) gradients_done({unembedding_});
     classifier_add_losses(device_.stream, loss_, losses_, factor, N);
 }
 
@@ -100,6 +114,8 @@ Cost Transformer::unembedding_cost(int64_t N) const {
 void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
+    if (params_.grads_bf16) upload(device_, draw_, &draws_, sizeof draws_);
+    draws_++;
     training_step_.run(device_, {double(B), factor}, [&] {
         forward(B, 0, T_);
         losses(B * T_, factor, true);
@@ -125,23 +141,63 @@ void Transformer::next_logits(const int32_t* tokens, int64_t start, int64_t n, f
     for (int64_t v = 0; v < V_; v++) logits[v] = to_float(row[v]);
 }
 
-void Transformer::clear(bool gradients) {
-    fill_zero(device_, loss_, sizeof(double));
-    if (gradients) fill_zero(device_, params_.grads, params_.padded * sizeof(float));
+void Transformer::clear_loss() { fill_zero(device_, loss_, sizeof(double)); }
+
+void Transformer::begin_step(int64_t step) {
+    constexpr int kMicroBits = 36; // no step has more micro-batches than tokens
+    clear_loss();
+    fill_zero(device_, counts_, sizeof *counts_);
+    if (params_.grads) fill_zero(device_, params_.grads, params_.padded * sizeof(float));
+    if (params_.grads_bf16) fill_zero(device_, params_.grads_bf16, params_.padded * sizeof(bf16));
+    draws_ = uint64_t(step) << kMicroBits;
+}
+
+// The noise needs no seed of the run's: steps, micro-batches, tensors and layers number it.
+constexpr uint64_t kGradientSeed = 0x67726164;
+
+void Transformer::add_staged(size_t param, int64_t l) {
+    const Tensor& t = params_.list[param];
+    const int64_t offset = l * t.layer_count();
+    constexpr uint64_t kLayers = uint64_t(1) << 20;
+    accumulate_gradients(device_.stream, t.grad_bf16 + offset, t.staged, t.layer_count(), kGradientSeed,
+                         param * kLayers + l, draw_);
+}
+
+void Transformer::gradients_done(std::initializer_list<size_t> params) {
+    if (!params_.grads_bf16) return;
+    for (size_t param : params) add_staged(param, 0);
+}
+
+void Transformer::layer_done(int64_t l) {
+    if (!params_.grads_bf16) return;
+    for (size_t param = 0; param < params_.list.size(); param++)
+        if (params_.list[param].layers) add_staged(param, l);
 }
 
 void Transformer::measure_gradients(double clip) {
-    global_norm(device_.stream, norm_, params_.grads, scratch_, params_.padded);
+    if (params_.grads)
+        global_norm(device_.stream, norm_, params_.grads, scratch_, params_.padded);
+    else
+        global_norm(device_.stream, norm_, params_.grads_bf16, scratch_, params_.padded);
     clip_scale(device_.stream, scale_, norm_, loss_, float(clip));
 }
 
 void Transformer::update(const Optimizer& options) {
-    for (const Tensor& t : params_.list) {
+    for (size_t i = 0; i < params_.list.size(); i++) {
+        const Tensor& t = params_.list[i];
         Optimizer o = options;
-        if (!t.decay) o.weight_decay = 0;
-        const States states{StateType::fp32, t.m, t.v};
-        optimizer_update(device_.stream, t.param, t.master, states, t.grad, scale_, nullptr, t.count, o);
+        o.rule = params_.memory.rule;
+        o.tensor = static_cast<uint32_t>(i);
+        if (!t.decay()) o.weight_decay = 0;
+        Gradients gradients = t.grad ? Gradients(t.grad) : Gradients(t.grad_bf16);
+        optimizer_update(device_.stream, t.param, t.master, t.states, gradients, scale_, counts_, t.count, o);
     }
+}
+
+OptimizerCounts Transformer::counts() {
+    OptimizerCounts counts;
+    download(device_, &counts, counts_, sizeof counts);
+    return counts;
 }
 
 double Transformer::loss() {

@@ -29,17 +29,21 @@ void check_sizes(const ModelSizes& sizes, const std::string& where);
 // Both families' headers begin alike: magic, version and the sizes. read_sizes() refuses another magic, `family` being
 // what the file is not, and sizes that cannot be; it fills `header` for the entries that follow.
 ModelSizes read_sizes(const MappedFile& file, int32_t magic, const char* family, Header& header);
-Header make_header(int32_t magic, const ModelSizes& sizes);
+Header make_header(int32_t magic, const ModelSizes& sizes, FileType type);
+
+TrainingMemory training_memory(const Options& options);
 
 class Transformer : public Model {
 public:
     void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
     void evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
-    void clear(bool gradients) override;
+    void clear_loss() override;
+    void begin_step(int64_t step) override;
     void measure_gradients(double clip) override;
     void update(const Optimizer& options) override;
     double loss() override;
     double grad_norm() override;
+    OptimizerCounts counts() override;
     void next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) override;
 
     int64_t vocab() const override { return V_; }
@@ -51,7 +55,7 @@ public:
 protected:
     // `unembedding` (Vp,C) is the tensor that makes logits of lnf_.
     Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, size_t unembedding, int64_t B,
-                int64_t T, bool training);
+                int64_t T, bool training, const TrainingMemory& memory);
     // Allocates, once the model has placed its own arrays in arena_. `scratch` bytes serve its layers' needs.
     void commit(size_t scratch);
 
@@ -61,6 +65,10 @@ protected:
     // dlnf_ to the gradients of all parameters but the unembedding's product.
     virtual void backward(int64_t B) = 0;
     virtual Header header() const = 0;
+    // backward() says so when it has made the gradients of tensors that no layer owns, or all of a layer's: those that
+    // are staged are then added to the bf16 ones, and their place is free for the next.
+    void gradients_done(std::initializer_list<size_t> params);
+    void layer_done(int64_t l);
     // FLOPs and bytes of the unembedding with its loss and gradients, for N tokens.
     Cost unembedding_cost(int64_t N) const;
 
@@ -70,7 +78,8 @@ protected:
         return params_.list[param].param + l * params_.list[param].layer_count();
     }
     float* dw(size_t param, int64_t l = 0) const {
-        return params_.list[param].grad + l * params_.list[param].layer_count();
+        const Tensor& t = params_.list[param];
+        return t.grad ? t.grad + l * t.layer_count() : t.staged;
     }
     template <class T> T* at(T* activations, int64_t l, int64_t width) const {
         return activations + (training_ ? l : 0) * N_ * width;
@@ -93,6 +102,10 @@ private:
     float* losses_ = nullptr; // (N)
     double* loss_ = nullptr;
     float *norm_ = nullptr, *scale_ = nullptr;
+    OptimizerCounts* counts_ = nullptr;
+    uint64_t draws_ = 0;       // micro-batches so far, which number the noise of bf16 gradients
+    uint64_t* draw_ = nullptr; // the same on the device, for kernels that are replayed
+    void add_staged(size_t param, int64_t l);
 
     void losses(int64_t N, double factor, bool gradients);
 };

@@ -313,7 +313,6 @@ TEST_CASE("GPT-2 weights and optimizer states") {
     Device device(0);
     gpt2::Gpt2Config tiny{{4, 3, 128, 1, 1, 32}};
     std::string header = file_of_ints({20240326, 3, 4, 3, 1, 1, 32, 128, 1, 9});
-    std::string tensors(gpt2_tensors(tiny).count() * sizeof(float), 0x3c);
     attack_weights(folder.path(), header, gpt2_tensors(tiny).count(), 10, [&](const MappedFile& file) {
         gpt2::Gpt2Config config;
         FileType type = read_config(file, config);
@@ -323,13 +322,26 @@ TEST_CASE("GPT-2 weights and optimizer states") {
         return std::pair(type, std::move(model));
     });
 
-    gpt2::Gpt2 model(device, tiny, 1, 1, true);
-    auto read_states = [&](const std::string& bytes) {
-        put_file(folder / "optimizer.bin", bytes);
-        read_state(device, MappedFile(folder / "optimizer.bin"), model.tensors());
-        demand(!memcmp(model.tensors().list[0].m, &bytes[1024], 128 * 32 * 4), "the moments are right");
-    };
-    attack({"states", file_of_ints({kStateMagic, 1, 16}) + tensors + tensors, 3, 1000, read_states});
+    for (StateType type : {StateType::fp32, StateType::bf16, StateType::int8})
+        for (Rule rule : {Rule::adamw, Rule::lion}) {
+            TrainingMemory memory;
+            memory.rule = rule, memory.state = type;
+            gpt2::Gpt2 model(device, tiny, 1, 1, true, memory);
+            std::string whole(state_bytes(model.tensors()), 0x3c);
+            {
+                FileWriter writer(folder / "whole.bin");
+                write_state(device, writer, model.tensors());
+                writer.close();
+            }
+            whole.replace(0, 1024, get_file(folder / "whole.bin").substr(0, 1024));
+            std::filesystem::remove(folder / "whole.bin");
+            auto read_states = [&](const std::string& bytes) {
+                put_file(folder / "optimizer.bin", bytes);
+                read_state(device, MappedFile(folder / "optimizer.bin"), model.tensors());
+                demand(!memcmp(model.tensors().list[0].states.m, &bytes[1024], 128 * 32 * 2), "the moments are right");
+            };
+            attack({"states", whole, 20, 300, read_states});
+        }
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <filesystem>
+#include <map>
 #include <random>
 #include <regex>
 #include <set>
@@ -277,6 +278,9 @@ TEST_CASE("options.toml reads back exactly") {
         o.sample_tokens = int64_t(random() % 100), o.temperature = positive_double(random);
         o.top_k = int64_t(random() % 100), o.save_every = int64_t(random() % 100), o.keep = int64_t(random() % 100);
         o.max_hours = fraction(random) * 100;
+        o.optimizer = random() % 2 ? "lion" : "adamw", o.state = Words{"fp32", "bf16", "int8"}[random() % 3];
+        o.state_embeddings = random() % 2 ? "fp32" : "int8", o.state_floor = random() % 2 ? "on" : "off";
+        o.master = random() % 2 ? "fp32" : "none", o.grad = random() % 2 ? "fp32" : "bf16";
 
         const Family& family = i / 4 % 2 ? kPythia : kFamily;
         if (&family == &kFamily) {
@@ -402,9 +406,26 @@ TEST_CASE("a run is refused without --resume, and goes on with it") {
 }
 
 TEST_CASE("what a resume may change") {
-    const std::set<std::string> fixed = {"model",           "init",         "vocab", "train", "seed", "context",
-                                         "tokens-per-step", "weight-decay", "beta1", "beta2", "eps",  "clip",
-                                         "skip-z",          "positions"};
+    const std::set<std::string> fixed = {"model",
+                                         "init",
+                                         "vocab",
+                                         "train",
+                                         "seed",
+                                         "context",
+                                         "tokens-per-step",
+                                         "weight-decay",
+                                         "beta1",
+                                         "beta2",
+                                         "eps",
+                                         "clip",
+                                         "skip-z",
+                                         "positions",
+                                         "optimizer",
+                                         "state",
+                                         "state-embeddings",
+                                         "state-floor",
+                                         "master",
+                                         "grad"};
     ScratchFolder folder;
     std::string out = folder / "run";
     Options o;
@@ -418,7 +439,10 @@ TEST_CASE("what a resume may change") {
         std::string was = item.values.empty() ? "" : item.values[0];
         std::string other = item.key == "schedule" ? "wsd" : item.string ? "other" : item.array ? "5" : "0.5";
         if (item.key == "model") other = "124M";
-        if (item.key == "positions") other = "tile";
+        const std::map<std::string, std::string> choices = {
+            {"positions", "tile"},  {"optimizer", "lion"}, {"state", "int8"}, {"state-embeddings", "int8"},
+            {"state-floor", "off"}, {"master", "none"},    {"grad", "bf16"}};
+        if (choices.count(item.key)) other = choices.at(item.key);
         if (!item.string && !item.array && was.find('.') == std::string::npos && was.find('e') == std::string::npos)
             other = "127"; // a whole number
         const Words words = {"--resume", "--out", out, "--" + item.key, other};
@@ -461,7 +485,7 @@ TEST_CASE("--help names what exists, all of it, and nothing else") {
         std::string help = options_help(family);
         Words named = keys(options_toml(Options(), family));
         for (const char* name : {"out", "resume", "eval", "config", "help"}) named.push_back(name);
-        CHECK(named.size() == (family.name == "GPT-2" ? 40 : 44));
+        CHECK(named.size() == (family.name == "GPT-2" ? 46 : 50));
         for (const std::string& name : named) {
             CAPTURE(name);
             CHECK(std::regex_search(help, std::regex("\n[* ] --" + name + "( |\n)")));

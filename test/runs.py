@@ -1,6 +1,7 @@
 """What the tests of both trainers share: data, a tiny run, and how two runs are compared."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -75,3 +76,9 @@ def assert_same_run(a, b, step):
     assert untimed(a) == untimed(b)
 
 
+def peak_memory(args):
+    """Bytes that the fp32 trainer of GPT-2 had resident at most."""
+    process = subprocess.Popen([str(BUILDS["fp32"] / "train_gpt2"), *args], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == DONE
+    return usage.ru_maxrss * 1024

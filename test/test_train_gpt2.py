@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from runs import (BAD_INPUT, BUILDS, DONE, FAILED, ROOT, STOPPED, TIMING, VOCAB, assert_same_run, chain, checkpoints,
-                  complaint, options, trainer, untimed, write_shard)
+                  complaint, options, peak_memory, trainer, untimed, write_shard)
 
 
 @pytest.fixture(scope="session", params=["fp32", "bf16"])
@@ -453,13 +453,6 @@ def test_help_names_every_option(whole):
 def test_one_thread_is_warned_of(data, tmp_path):
     done = trainer(*options(data, steps=1, threads=1), "--out", tmp_path / "run")
     assert done.returncode == DONE and "one thread" in done.stderr
-
-
-def peak_memory(args):
-    process = subprocess.Popen([str(BUILDS["fp32"] / "train_gpt2"), *args], cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == DONE
-    return usage.ru_maxrss * 1024
 
 
 @pytest.mark.long

@@ -47,7 +47,7 @@ inline std::vector<float> gradient(const Tensor& tensor) {
 }
 
 inline void step(Model& model, const golden::Batch& batch, int64_t B) {
-    model.clear(true);
+    model.begin_step(0);
     model.accumulate(batch.tokens.data(), batch.targets.data(), B, 1.0 / batch.tokens.size());
 }
 
@@ -154,7 +154,7 @@ inline void check_repetition(const Make& make, const golden::Config& c) {
     const size_t N = batch.tokens.size();
     std::unique_ptr<Model> whole = made(make, c, c.B), parts = made(make, c, 1), again = made(make, c, c.B);
     step(*whole, batch, c.B);
-    parts->clear(true);
+    parts->begin_step(0);
     for (int64_t b = 0; b < c.B; b++) parts->accumulate(&batch.tokens[b * c.T], &batch.targets[b * c.T], 1, 1.0 / N);
     CHECK(std::abs(whole->loss() - parts->loss()) <= 4 * kRealEpsilon * whole->loss());
     step(*again, batch, c.B);
@@ -168,11 +168,11 @@ inline void check_repetition(const Make& make, const golden::Config& c) {
     }
     // The validation path is the training path without its gradient.
     double loss = whole->loss();
-    whole->clear(false);
+    whole->clear_loss();
     whole->evaluate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / N);
     CHECK(whole->loss() == loss);
     std::unique_ptr<Model> inference = made(make, c, c.B, false);
-    inference->clear(false);
+    inference->clear_loss();
     inference->evaluate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / N);
     // Without a backward pass the GELU is fused into the matmul, whose polynomial is oneDNN's.
     CHECK(std::abs(inference->loss() - loss) <= 4 * kRealEpsilon * loss);
