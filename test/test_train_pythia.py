@@ -128,7 +128,7 @@ def test_narrow_weights_are_widened_exactly(version, tmp_path):
 def test_the_original_context_of_a_model_from_scratch(data, tmp_path):
     """Its own context, unless --rope stretches it from the published 2048."""
     for name, chosen, original, scale in (("plain", {}, 4096, 1), ("yarn", {"rope": "yarn"}, 2048, 2)):
-        done = pythia(*options(data, model="1,32,1", context=4096, batch=1, tokens_per_step=4096, steps=0, **chosen),
+        done = pythia(*options(data, model="1,32,1", context=4096, batch=1, tokens_per_step=4096, steps=0, val=None, **chosen),
                       "--out", tmp_path / name)
         assert done.returncode == DONE, done.stderr
         words, _, got = header_of(tmp_path / name / "step_00000000/model.bin")
