@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../kernels/gelu.h"
+#include "../kernels/attention.h"
 #include "../kernels/optimizer.h"
 #include "arena.h"
 #include "device.h"
@@ -69,6 +69,10 @@ protected:
     // are staged are then added to the bf16 ones, and their place is free for the next.
     void gradients_done(std::initializer_list<size_t> params);
     void layer_done(int64_t l);
+    // Attention of T tokens over their own and the `start` tokens before them.
+    AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
+    // A matrix (out, in) on N tokens, forward and backward.
+    static Cost linear_cost(int64_t N, int64_t in, int64_t out);
     // FLOPs and bytes of the unembedding with its loss and gradients, for N tokens.
     Cost unembedding_cost(int64_t N) const;
 
@@ -95,7 +99,7 @@ protected:
     real *lnf_ = nullptr, *dlnf_ = nullptr;          // (N,C) the last LayerNorm's output and, in training, its gradient
 
 private:
-    const int64_t C_, V_, Vp_, K_;
+    const int64_t C_, H_, V_, Vp_, K_;
     const size_t unembedding_;
     Recording training_step_, evaluation_;
     real* logits_ = nullptr;  // (K,Vp)
