@@ -1,7 +1,7 @@
 // The global norm on the GPU: a fixed number of blocks, each with a run of the gradients of its own and a partial sum
-// in double, and one block that adds those. The order depends on n and the type alone, so the norm is the same bits on
-// every card. Cards for the desk have few double units: two FMAs a clock in an SM, about what memory brings of bf16.
-// Data center cards do one double FMA for every two floats, which is plenty here.
+// in double, and one block that adds those. The order depends on n, type and alignment alone, so the norm is the same
+// bits on every card. Data center cards do one double FMA for every two floats, which is plenty here; cards for the
+// desk two a clock in an SM, about as many as memory brings it bf16 gradients.
 #include "global_norm.h"
 
 #include <algorithm>

@@ -9,8 +9,8 @@
 
 #include "types.h"
 
-// norm (1) `=`. grads (n), float or bf16 in any build. Summed in double, or as exactly, in an order that depends on n
-// and their type alone. scratch: global_norm_scratch(n) bytes for either type, 64-byte aligned.
+// norm (1) `=`. grads (n), float or bf16 in any build. Summed in double, or as exactly, in an order that depends on n,
+// type and alignment alone. scratch: global_norm_scratch(n) bytes for either type, 64-byte aligned.
 void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n);
 void global_norm(Stream stream, float* norm, const bf16* grads, void* scratch, int64_t n);
 size_t global_norm_scratch(int64_t n);
