@@ -20,7 +20,7 @@ LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-cont
 LIBS = -ldnnl -fopenmp
 
 TRAINERS = train_gpt2 train_pythia
-LAYERS = embedding layernorm matmul rotary attention gelu classifier global_norm optimizer
+LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate global_norm optimizer
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)

@@ -104,6 +104,23 @@ template <class T> __device__ __forceinline__ void store128_shared(T* p, const P
     store_pack_shared(p, value);
 }
 
+// Four neighbours from element i on, zeros past the end. `whole`: all four exist and move as one access.
+template <class T> __device__ __forceinline__ Pack<T, 4> load_quad(const T* p, int64_t i, int64_t n, bool whole) {
+    if (whole) return load_pack<4>(p + i);
+    Pack<T, 4> x = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (i + j < n) x[j] = load_global(p + i + j);
+    return x;
+}
+template <class T>
+__device__ __forceinline__ void store_quad(T* p, const Pack<T, 4>& x, int64_t i, int64_t n, bool whole) {
+    if (whole) return store_pack(p + i, x);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (i + j < n) store_global(p + i + j, x[j]);
+}
+
 // Position of this thread, in blocks of one dimension; 64-bit, since a product with the block size can pass 2^31.
 __device__ __forceinline__ int64_t global_thread() {
     return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 1 << 16; // elements behind one partial sum; fixed, s
 int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 // Σ x², where the product of two floats is exact in double.
-double sum_of_squares(const float* x, int64_t n) {
+template <class T> double sum_of_squares(const T* x, int64_t n) {
     typedef double Wide __attribute__((vector_size(8 * kLanes)));
     Wide sums[2] = {};
     int64_t i = 0;
@@ -23,15 +23,11 @@ double sum_of_squares(const float* x, int64_t n) {
         }
     double total = 0;
     for (int lane = 0; lane < kLanes; lane++) total += sums[0][lane] + sums[1][lane];
-    for (; i < n; i++) total += double(x[i]) * x[i];
+    for (; i < n; i++) total += double(to_float(x[i])) * to_float(x[i]);
     return total;
 }
 
-} // namespace
-
-size_t global_norm_scratch(int64_t n) { return blocks_of(n) * sizeof(double); }
-
-void global_norm(Stream, float* norm, const float* grads, void* scratch, int64_t n) {
+template <class T> void norm_of(float* norm, const T* grads, void* scratch, int64_t n) {
     const int64_t blocks = blocks_of(n);
     double* sums = static_cast<double*>(scratch); // (blocks)
     parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end, int) {
@@ -42,6 +38,15 @@ void global_norm(Stream, float* norm, const float* grads, void* scratch, int64_t
     for (int64_t block = 0; block < blocks; block++) total += sums[block];
     *norm = float(std::sqrt(total));
 }
+
+} // namespace
+
+size_t global_norm_scratch(int64_t n) { return blocks_of(n) * sizeof(double); }
+
+void global_norm(Stream, float* norm, const float* grads, void* scratch, int64_t n) {
+    norm_of(norm, grads, scratch, n);
+}
+void global_norm(Stream, float* norm, const bf16* grads, void* scratch, int64_t n) { norm_of(norm, grads, scratch, n); }
 
 void clip_scale(Stream, float* scale, const float* norm, const double* loss, float clip) {
     if (!std::isfinite(*norm) || !std::isfinite(*loss))

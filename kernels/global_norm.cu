@@ -1,7 +1,7 @@
 // The global norm on the GPU: a fixed number of blocks, each with a run of the gradients of its own and a partial sum
-// in double, and one block that adds those. The order depends on n alone, so the norm is the same bits on every card.
-// Cards for the desk have few double units; data center cards do one double FMA for every two floats, which is plenty
-// here.
+// in double, and one block that adds those. The order depends on n, type and alignment alone, so the norm is the same
+// bits on every card. Data center cards do one double FMA for every two floats, which is plenty here; cards for the
+// desk two a clock in an SM, about as many as memory brings it bf16 gradients.
 #include "global_norm.h"
 
 #include <algorithm>
@@ -15,33 +15,36 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;        // loads of 16 bytes under way in a thread: 64 KB on an SM with 1024 threads
 constexpr int64_t kBlocks = 1056; // 8 for each SM of an H100
-constexpr int64_t kRun = kThreads * kUnroll * 4; // elements of a block's round
 
-// Elements of each block, whole rounds; the last block may have fewer, or none.
-int64_t run_of(int64_t n) {
-    int64_t rounds = (n + kRun - 1) / kRun;
-    return (rounds + kBlocks - 1) / kBlocks * kRun;
+// Elements of each block, whole rounds of kUnroll loads a thread; the last block may have fewer, or none.
+template <class T> int64_t run_of(int64_t n) {
+    constexpr int64_t kRound = kThreads * kUnroll * Pack128<T>::size;
+    const int64_t rounds = (n + kRound - 1) / kRound;
+    return (rounds + kBlocks - 1) / kBlocks * kRound;
 }
-int64_t blocks_of(int64_t n) { return n == 0 ? 0 : (n + run_of(n) - 1) / run_of(n); }
+template <class T> int64_t blocks_of(int64_t n) { return n == 0 ? 0 : (n + run_of<T>(n) - 1) / run_of<T>(n); }
 
-// sums (blocks) = Σ x² of each block's run, where the product of two floats is exact in double.
-template <int N> __global__ void __launch_bounds__(kThreads)
-    sum_squares(double* sums, const float* x, int64_t run, int64_t n) {
+// Exact: double has room for the product of two floats.
+template <class T> __device__ __forceinline__ double square(T x) { return double(to_float(x)) * to_float(x); }
+
+// sums (blocks) = Σ x² of each block's run.
+template <class T, int N> __global__ void __launch_bounds__(kThreads)
+    sum_squares(double* sums, const T* x, int64_t run, int64_t n) {
     const int64_t begin = blockIdx.x * run, end = min(begin + run, n);
     double sum[N] = {};
     int64_t i = begin + threadIdx.x * N;
     for (; i + (kUnroll - 1) * kThreads * N + N <= end; i += kUnroll * kThreads * N) {
-        Pack<float, N> v[kUnroll];
+        Pack<T, N> v[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) v[u] = load_pack<N>(x + i + u * kThreads * N);
 #pragma unroll
         for (int u = 0; u < kUnroll; u++)
 #pragma unroll
-            for (int j = 0; j < N; j++) sum[j] += double(v[u][j]) * v[u][j];
+            for (int j = 0; j < N; j++) sum[j] += square(v[u][j]);
     }
     // The ragged end: each thread's packs one by one, and the last pack's elements.
     for (; i < end; i += kThreads * N)
-        for (int j = 0; j < N && i + j < end; j++) sum[0] += double(x[i + j]) * x[i + j];
+        for (int j = 0; j < N && i + j < end; j++) sum[0] += square(x[i + j]);
 #pragma unroll
     for (int j = 1; j < N; j++) sum[0] += sum[j];
     const double total = block_sum(sum[0], reinterpret_cast<double*>(dynamic_shared()));
@@ -61,18 +64,26 @@ __global__ void choose_scale(float* scale, const float* norm, const double* loss
     store_global(scale, !finite ? NAN : clip > 0 && x > clip ? clip / x : 1.f);
 }
 
-} // namespace
-
-size_t global_norm_scratch(int64_t n) { return blocks_of(n) * sizeof(double); }
-
-void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n) {
+template <class T> void norm_of(Stream stream, float* norm, const T* grads, void* scratch, int64_t n) {
     double* sums = static_cast<double*>(scratch); // (blocks)
-    const int64_t blocks = blocks_of(n);
+    const int64_t blocks = blocks_of<T>(n);
     constexpr size_t kShared = 32 * sizeof(double);
     if (blocks > 0)
-        launch(aligned(grads) ? sum_squares<4> : sum_squares<1>, blocks_for(blocks, 1), kThreads, kShared, stream, sums,
-               grads, run_of(n), n);
+        launch(aligned(grads) ? sum_squares<T, Pack128<T>::size> : sum_squares<T, 1>, blocks_for(blocks, 1), kThreads,
+               kShared, stream, sums, grads, run_of<T>(n), n);
     launch(root_of_sum, 1, kThreads, kShared, stream, norm, sums, blocks);
+}
+
+} // namespace
+
+// bf16 has as many blocks or fewer: its runs are whole rounds of twice as many elements.
+size_t global_norm_scratch(int64_t n) { return blocks_of<float>(n) * sizeof(double); }
+
+void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n) {
+    norm_of(stream, norm, grads, scratch, n);
+}
+void global_norm(Stream stream, float* norm, const bf16* grads, void* scratch, int64_t n) {
+    norm_of(stream, norm, grads, scratch, n);
 }
 
 void clip_scale(Stream stream, float* scale, const float* norm, const double* loss, float clip) {

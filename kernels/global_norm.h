@@ -9,12 +9,15 @@
 
 #include "types.h"
 
-// norm (1) `=`. grads (n). Summed in double, or as exactly, in an order that depends on n alone.
-// scratch: global_norm_scratch(n) bytes, 64-byte aligned.
+// norm (1) `=`. grads (n), float or bf16 in any build. Summed in double, or as exactly, in an order that depends on n,
+// type and alignment alone. scratch: global_norm_scratch(n) bytes for either type, 64-byte aligned.
 void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n);
+void global_norm(Stream stream, float* norm, const bf16* grads, void* scratch, int64_t n);
 size_t global_norm_scratch(int64_t n);
 
 // scale (1) `=`. norm (1), loss (1).
 void clip_scale(Stream stream, float* scale, const float* norm, const double* loss, float clip);
 
-inline Cost global_norm_cost(int64_t n) { return {double(n) * sizeof(float), sizeof(float), 2.0 * n}; }
+inline Cost global_norm_cost(int64_t n, bool bf16_grads = false) {
+    return {n * (bf16_grads ? 2.0 : 4.0), sizeof(float), 2.0 * n};
+}

@@ -3,8 +3,6 @@
 // memory sees one pass, and the rule is written once for all types.
 #include "optimizer.h"
 
-#include <bit>
-
 #include "math.h"
 #include "optimizer_codes.h"
 
@@ -175,39 +173,22 @@ template <Book book> BlockCounts pack(uint8_t* p, float* absmax, const float* fr
 
 [[maybe_unused]] void pack_weights(float*, const float*, int64_t, int, const OptimizerFactors&) {} // they are in place
 
-// Words of `blocks` Philox blocks from `first` on, four after four: in memory, 16 bits each, the noise of neighbours in
-// their order.
-void fill_noise(uint32_t* words, int blocks, const OptimizerFactors& f, uint64_t first) {
-    static_assert(std::endian::native == std::endian::little);
-#pragma omp simd
-    for (int i = 0; i < blocks; i++) {
-        const Philox noise = philox(f.seed, f.stream, first + i);
-        words[4 * i] = noise.word[0], words[4 * i + 1] = noise.word[1];
-        words[4 * i + 2] = noise.word[2], words[4 * i + 3] = noise.word[3];
-    }
-}
-void round_by_noise(bf16* to, const float* from, const uint32_t* words, int count) {
-    alignas(64) uint16_t noise[kCodeBlock];
-    memcpy(noise, words, sizeof noise);
-#pragma omp simd
-    for (int i = 0; i < count; i++) to[i] = round_stochastically(from[i], noise[i]);
-}
 // The 256 elements from `begin` on.
 [[maybe_unused]] void pack_weights(bf16* p, const float* from, int64_t begin, int count, const OptimizerFactors& f) {
     alignas(64) uint32_t words[kCodeBlock / 2];
-    fill_noise(words, kCodeBlock / 8, f, begin / 8);
-    round_by_noise(p, from, words, count);
+    fill_noise(words, kCodeBlock / 8, f.seed, f.stream, begin / 8);
+    round_by_noise<kCodeBlock>(p, from, words, count);
 }
 void pack_states(bf16* m, bf16* v, const float* m_from, const float* v_from, int64_t begin, int count,
                  const OptimizerFactors& f) {
     alignas(64) uint32_t words[kCodeBlock], m_words[kCodeBlock / 2], v_words[kCodeBlock / 2];
-    fill_noise(words, kCodeBlock / 4, f, kStateNoise + begin / 4);
+    fill_noise(words, kCodeBlock / 4, f.seed, f.stream, kStateNoise + begin / 4);
     for (int i = 0; i < kCodeBlock / 4; i++) {
         m_words[2 * i] = words[4 * i], m_words[2 * i + 1] = words[4 * i + 1];
         v_words[2 * i] = words[4 * i + 2], v_words[2 * i + 1] = words[4 * i + 3];
     }
-    round_by_noise(m, m_from, m_words, count);
-    if (v) round_by_noise(v, v_from, v_words, count);
+    round_by_noise<kCodeBlock>(m, m_from, m_words, count);
+    if (v) round_by_noise<kCodeBlock>(v, v_from, v_words, count);
 }
 
 // Elements passed over.

@@ -37,22 +37,6 @@ template <bool kMaster> __device__ __forceinline__ Weight<kMaster>* weights_of(c
         return a.params;
 }
 
-// Four neighbours from element i on, zeros past the end. `whole`: all four exist and move as one access.
-template <class T> __device__ __forceinline__ Pack<T, 4> load_quad(const T* p, int64_t i, int64_t n, bool whole) {
-    if (whole) return load_pack<4>(p + i);
-    Pack<T, 4> x = {};
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        if (i + j < n) x[j] = load_global(p + i + j);
-    return x;
-}
-template <class T>
-__device__ __forceinline__ void store_quad(T* p, const Pack<T, 4>& x, int64_t i, int64_t n, bool whole) {
-    if (whole) return store_pack(p + i, x);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-        if (i + j < n) store_global(p + i + j, x[j]);
-}
 __device__ __forceinline__ Pack<float, 4> load_grads(const Arrays& a, int64_t i, bool whole) {
     if (!a.bf16_grads) return load_quad(static_cast<const float*>(a.grads), i, a.n, whole);
     const Pack<bf16, 4> half = load_quad(static_cast<const bf16*>(a.grads), i, a.n, whole);
@@ -70,11 +54,7 @@ template <bool kMaster> __device__ __forceinline__ void store_weights(const Arra
         store_quad(a.params, rounded, i, a.n, whole);
     } else {
         Philox noise = {};
-        if constexpr (sizeof(real) == 2) { // a quad has half of what eight neighbours share
-            const Philox eight = philox(f.seed, f.stream, i / 8);
-            const bool upper = i / 4 % 2 == 1;
-            noise = {{upper ? eight.word[2] : eight.word[0], upper ? eight.word[3] : eight.word[1], 0, 0}};
-        }
+        if constexpr (sizeof(real) == 2) noise = quad_noise(f.seed, f.stream, 0, i);
 #pragma unroll
         for (int j = 0; j < 4; j++) assign_stochastically(weights[j], p[j], noise_half(noise, j));
     }

@@ -27,6 +27,7 @@
 //     is not makes the next update m / eps.
 // Bytes that are all zero are states that are all zero, absmax being 0.
 #pragma once
+#include <bit>
 #include <cmath>
 
 #include "../runtime/random.h"
@@ -148,6 +149,14 @@ LONGHAND_HD inline uint32_t noise_half(const Philox& words, int j) {
     return words.word[j / 2] >> (16 * (j % 2)) & 0xffff;
 }
 
+// Of the noise that eight neighbours share, what belongs to the four from element i on, in words 0 and 1. i is a
+// multiple of 4; element 0's block is `first`.
+LONGHAND_HD inline Philox quad_noise(uint64_t seed, uint64_t stream, uint64_t first, int64_t i) {
+    const Philox eight = philox(seed, stream, first + i / 8);
+    const bool upper = i / 4 % 2 == 1;
+    return {{upper ? eight.word[2] : eight.word[0], upper ? eight.word[3] : eight.word[1], 0, 0}};
+}
+
 // x rounded to one of its two neighbours in bf16: the outer one with a probability that is the part of the step between
 // them that lies inside of x. Past the largest bf16 that may be infinity; NaN and the infinities stay.
 LONGHAND_HD inline bf16 round_stochastically(float x, uint32_t noise) {
@@ -160,3 +169,21 @@ LONGHAND_HD inline void assign_stochastically(bf16& to, float x, uint32_t noise)
     to = round_stochastically(x, noise);
 }
 LONGHAND_HD inline void assign_stochastically(float& to, float x, uint32_t) { to = x; }
+
+// For the CPU, in vectors: words of `blocks` Philox blocks from `first` on, four after four, which is in memory the
+// noise of neighbours in their order, 16 bits each; and `count` <= N floats rounded by it.
+inline void fill_noise(uint32_t* words, int blocks, uint64_t seed, uint64_t stream, uint64_t first) {
+    static_assert(std::endian::native == std::endian::little);
+#pragma omp simd
+    for (int i = 0; i < blocks; i++) {
+        const Philox noise = philox(seed, stream, first + i);
+        words[4 * i] = noise.word[0], words[4 * i + 1] = noise.word[1];
+        words[4 * i + 2] = noise.word[2], words[4 * i + 3] = noise.word[3];
+    }
+}
+template <int N> void round_by_noise(bf16* to, const float* from, const uint32_t* words, int count) {
+    alignas(64) uint16_t noise[N];
+    memcpy(noise, words, sizeof noise);
+#pragma omp simd
+    for (int i = 0; i < count; i++) to[i] = round_stochastically(from[i], noise[i]);
+}

@@ -5,7 +5,7 @@
 
 namespace {
 
-float norm_of(const float* x, int64_t n) {
+template <class T> float norm_of(const T* x, int64_t n) {
     check::Scratch scratch(global_norm_scratch(n));
     Vector<float> norm = {NAN};
     global_norm(nullptr, norm.data(), x, scratch, n);
@@ -14,27 +14,29 @@ float norm_of(const float* x, int64_t n) {
 
 } // namespace
 
-TEST_CASE("norm: the double sum, rounded once to float") {
+TEST_CASE_TEMPLATE("norm: the double sum, rounded once to float", T, float, bf16) {
     for (int64_t n : {0, 1, 15, 16, 33, 1000, 65535, 65536, 65537, 300001})
         for (float scale : {1.f, 1e-30f, 1e30f}) { // squares of the last two do not fit a float
             CAPTURE(n);
             CAPTURE(scale);
-            Vector<float> x = random_normal<float>(n, 1, scale);
+            Vector<T> x = random_normal<T>(n, 1, scale);
             long double sum = 0;
-            for (float value : x) sum += static_cast<long double>(value) * value;
+            for (T value : x) sum += static_cast<long double>(to_float(value)) * to_float(value);
             const double want = double(std::sqrt(sum));
             CHECK(std::abs(norm_of(x.data(), n) - want) <= 0x1.0001p-24 * want);
         }
 }
 
-TEST_CASE("small gradients beside a large one are not lost") {
-    Vector<float> x(3 << 19, 0.1f);
-    x[77] = 1e4f; // in float, 1e8 + 0.01 is 1e8
-    CHECK(norm_of(x.data(), x.size()) == float(std::sqrt(double(x[77]) * x[77] + (x.size() - 1.0) * x[0] * x[0])));
+TEST_CASE_TEMPLATE("small gradients beside a large one are not lost", T, float, bf16) {
+    Vector<T> x(3 << 19);
+    for (T& value : x) assign(value, 0.1f);
+    assign(x[77], 1e4f); // in float, 1e8 + 0.01 is 1e8
+    const double small = to_float(x[0]), large = to_float(x[77]);
+    CHECK(norm_of(x.data(), x.size()) == float(std::sqrt(large * large + (x.size() - 1.0) * small * small)));
 }
 
-TEST_CASE("the same bits on any number of threads, from any alignment") {
-    Vector<float> x = random_normal<float>(500001, 1);
+TEST_CASE_TEMPLATE("the same bits on any number of threads, unaligned", T, float, bf16) {
+    Vector<T> x = random_normal<T>(500001, 1);
     const float first = norm_of(x.data() + 1, 500000);
     check::with_threads({1, 2, 3, 16}, [&](int threads) {
         CAPTURE(threads);
@@ -42,19 +44,19 @@ TEST_CASE("the same bits on any number of threads, from any alignment") {
     });
 }
 
-TEST_CASE("NaN and infinity anywhere reach the norm") {
+TEST_CASE_TEMPLATE("NaN and infinity anywhere reach the norm", T, float, bf16) {
     for (int64_t at : {0, 40, 65536, 70000, 70002})
         for (float bad : {NAN, INFINITY, -INFINITY}) {
-            Vector<float> x = random_normal<float>(70003, 1);
-            x[at] = bad;
+            Vector<T> x = random_normal<T>(70003, 1);
+            assign(x[at], bad);
             CHECK_FALSE(std::isfinite(norm_of(x.data(), x.size())));
         }
 }
 
-TEST_CASE("more than 2^31 gradients") {
+TEST_CASE_TEMPLATE("more than 2^31 gradients", T, float, bf16) {
     const int64_t n = (int64_t(1) << 31) + 5000003;
-    check::Huge<float> x(n);
-    x[0] = 1, x[(int64_t(1) << 31) - 1] = 2, x[int64_t(1) << 31] = 4, x[n - 1] = 10;
+    check::Huge<T> x(n);
+    assign(x[0], 1), assign(x[(int64_t(1) << 31) - 1], 2), assign(x[int64_t(1) << 31], 4), assign(x[n - 1], 10);
     Vector<float> norm = {NAN};
     Vector<double> scratch(global_norm_scratch(n) / sizeof(double)); // zeros for the blocks that do not run
     check::OnlyBlocks some(check::blocks_at(double(int64_t(1) << 31) / n, 1));

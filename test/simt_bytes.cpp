@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "../dev/simt/simt.h"
+#include "../kernels/accumulate.h"
 #include "../kernels/attention.h"
 #include "../kernels/attention_tiles.h"
 #include "../kernels/classifier.h"
@@ -159,16 +160,27 @@ TEST_CASE("optimizer: every rule, type of state, of weights and of gradients") {
 }
 
 // What it writes, a double a block, is next to nothing beside what it reads.
-TEST_CASE("global_norm") {
+TEST_CASE_TEMPLATE("global_norm", T, float, bf16) {
     const int64_t n = 1 << 18;
-    Vector<float> grads = random_normal<float>(n, 1), norm(1);
+    Vector<T> grads = random_normal<T>(n, 1);
+    Vector<float> norm(1);
     check::Scratch scratch(global_norm_scratch(n));
     Traffic t = counted([&] { global_norm(nullptr, norm.data(), grads.data(), scratch, n); });
-    check_within("read", kSector * t.read.unique, global_norm_cost(n).read);
-    check_within("read in all", kSector * t.read.sectors, global_norm_cost(n).read);
-    CHECK(t.written.bytes <= n * sizeof(float) / 1000);
+    const Cost cost = global_norm_cost(n, sizeof(T) == 2);
+    check_within("read", kSector * t.read.unique, cost.read);
+    check_within("read in all", kSector * t.read.sectors, cost.read);
+    CHECK(t.written.bytes <= cost.read / 1000);
     CHECK(t.plain_global == 0);
     CHECK(t.shared().conflicts == 0);
+}
+
+// Each warp, which moves 3 KB, also reads the number of the draw.
+TEST_CASE("accumulate") {
+    Vector<bf16> grads = random_normal<bf16>(N * C, 1);
+    Vector<float> staged = random_normal<float>(N * C, 2);
+    Vector<uint64_t> draw(1);
+    check_cost(counted([&] { accumulate_gradients(nullptr, grads.data(), staged.data(), N * C, 1, 2, draw.data()); }),
+               accumulate_gradients_cost(N * C));
 }
 
 // Backward in bf16, a lane's eight floats of a table are two accesses, each of half of a sector: every sector twice.

@@ -1,4 +1,4 @@
-// The norm of all gradients of GPT-2 124M, and of a tensor that fits the cache.
+// The norm of all gradients of GPT-2 124M, and of a tensor that fits the cache, in float and in bf16.
 #include "../../kernels/global_norm.h"
 
 #include "bench.h"
@@ -9,5 +9,7 @@ int main() {
         bench::Buffer grads(n * sizeof(float)), scratch(global_norm_scratch(n)), norm(sizeof(float));
         table.run("global norm", std::to_string(n), global_norm_cost(n),
                   [&] { global_norm(nullptr, norm.floats(), grads.floats(), scratch.floats(), n); });
+        table.run("global norm of bf16", std::to_string(n), global_norm_cost(n, true),
+                  [&] { global_norm(nullptr, norm.floats(), grads.as<bf16>(), scratch.floats(), n); });
     }
 }
