@@ -92,21 +92,26 @@ struct BlockCounts {
     bool saturated = false;
 };
 
-// What few blocks need: codes of values that are nearest to 0, and the counts. x (256) and its codes (256), of which
-// magnitudes 0 may yet be those of values that are not 0.
+// What few blocks need: the last word on values that are nearest to 0, and the counts. x (256) and its codes (256).
 template <Book book> BlockCounts settle_small(uint8_t* codes, const float* x, bool floor) {
-    int positive = 0, low = 0, vanished = 0;
-    for (int i = 0; i < kCodeBlock; i++) {
-        if (x[i] == 0) continue;
-        const int k = book == Book::unsigned_values ? codes[i] : std::abs(codes[i] - kZeroCode);
-        positive++, low += k <= 1, vanished += k == 0 && book == Book::unsigned_values;
-        if (k > 0) continue;
-        if (book == Book::unsigned_values)
-            codes[i] = floor;
-        else if (x[i] < 0)
-            codes[i] = kZeroCode - 1;
+    constexpr bool kUnsigned = book == Book::unsigned_values;
+    VecInt positive = {}, low = {}, vanished = {}; // minus the number of elements, by lane: a comparison is −1
+    for (int i = 0; i < kCodeBlock; i += kLanes) {
+        const Vec value = load(x + i);
+        const VecInt code = widen_bytes(codes + i), down = kZeroCode - code;
+        const VecInt k = kUnsigned ? code : down > -down ? down : -down;
+        const VecInt some = (VecInt)(value != 0.f), gone = some & (k == 0);
+        positive += some, low += some & (k <= 1);
+        if (kUnsigned) vanished += gone;
+        if (kUnsigned && floor) narrow_bytes(codes + i, code - gone);
+        if (!kUnsigned) narrow_bytes(codes + i, code + (gone & (value < 0.f)));
     }
-    return {vanished, 2 * low > positive};
+    auto total = [](VecInt v) {
+        int sum = 0;
+        for (int lane = 0; lane < kLanes; lane++) sum -= v[lane];
+        return sum;
+    };
+    return {total(vanished), 2 * total(low) > total(positive)};
 }
 
 // codes (256) and absmax of x (256).
@@ -121,15 +126,12 @@ template <Book book> BlockCounts quantise(uint8_t* codes, float* absmax, const f
     *absmax = std::max(max(max((Vec)largest[0], (Vec)largest[1])), kSmallestAbsmax);
     const float inverse = 1 / *absmax;
 
-    constexpr int kLargest = largest_magnitude(book), kTop = top_line(book);
-    const auto lower = [](Vec p, Vec q) { return min(p, q); };
+    constexpr int kLargest = largest_magnitude(book);
     VecInt smallest = VecInt{} + kLargest;
     for (int i = 0; i < kCodeBlock; i += kLanes) {
         const Vec value = load(x + i), a = abs(value) * inverse;
-        // Values below 1e-3 of absmax are seldom; their lines need not be drawn for all.
-        Vec position = code_position<book, kTop, kTop - 2>(a, splat(kLargest), lower);
-        if (any((VecInt) !(a >= 1.001e-3f)))
-            position = code_position<book, kTop - 3, lowest_line(book)>(a, position, lower);
+        // All lines for all: to leave those of small values to vectors that have some costs more in missed branches.
+        const Vec position = code_position<book>(a, splat(kLargest), [](Vec p, Vec q) { return min(p, q); });
         const VecInt r = (VecInt)(position + kRoundToInteger) & kIntegerBits;
         // A comparison is −1 where it holds.
         VecInt k = r - 1 - (VecInt)(a > gather(kTables.borders[int(book)], r));
@@ -210,9 +212,10 @@ void pack_states(bf16* m, bf16* v, const float* m_from, const float* v_from, int
     if (v) round_by_noise(v, v_from, v_words, count);
 }
 
-// Elements passed over.
-template <Rule rule>
-int step(float* p, float* m, float* v, const float* grads, float scale, int count, const OptimizerFactors& f) {
+// Elements passed over. The factors come by value: behind a reference, any store of a float might change them, and the
+// loop would not become vectors.
+template <Rule rule> __attribute__((noinline)) int step(float* p, float* m, float* v, const float* grads, float scale,
+                                                        int count, OptimizerFactors f) {
     int non_finite = 0;
 #pragma omp simd reduction(+ : non_finite)
     for (int i = 0; i < count; i++) {
