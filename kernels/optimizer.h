@@ -123,18 +123,23 @@ struct OptimizerFactors {
     }
 };
 
-// One element's step; false if it was passed over.
-template <Rule rule>
-LONGHAND_HD inline bool optimizer_step(float& p, float& m, float& v, float g, const OptimizerFactors& f) {
-    const bool finite = g * g < INFINITY;
+struct SquareRoot {
+    LONGHAND_HD static float of(float x) { return sqrtf(x); }
+};
+
+// One element's step; false if it was passed over. V is float, or a vector of floats whose comparisons are masks, with
+// a Root of its own.
+template <Rule rule, class Root = SquareRoot, class V>
+LONGHAND_HD inline auto optimizer_step(V& p, V& m, V& v, V g, const OptimizerFactors& f) {
+    const auto finite = g * g < INFINITY;
     if constexpr (rule == Rule::adamw) {
-        const float m_new = f.beta1 * m + (1 - f.beta1) * g, v_new = f.beta2 * v + (1 - f.beta2) * (g * g);
-        const float p_new = p * f.keep - f.step * m_new / (sqrtf(v_new * f.unbias_v) + f.eps);
+        const V m_new = f.beta1 * m + (1 - f.beta1) * g, v_new = f.beta2 * v + (1 - f.beta2) * (g * g);
+        const V p_new = p * f.keep - f.step * m_new / (Root::of(v_new * f.unbias_v) + f.eps);
         p = finite ? p_new : p, m = finite ? m_new : m, v = finite ? v_new : v;
     } else {
-        const float c = f.beta1 * m + (1 - f.beta1) * g, m_new = f.beta2 * m + (1 - f.beta2) * g;
-        const float sign = c > 0 ? 1.f : c < 0 ? -1.f : 0.f;
-        const float p_new = p * f.keep - f.step * sign;
+        const V c = f.beta1 * m + (1 - f.beta1) * g, m_new = f.beta2 * m + (1 - f.beta2) * g;
+        const V sign = c > 0.f ? V{} + 1.f : (c < 0.f ? V{} - 1.f : V{});
+        const V p_new = p * f.keep - f.step * sign;
         p = finite ? p_new : p, m = finite ? m_new : m;
     }
     return finite;

@@ -70,16 +70,16 @@ constexpr float line_offset(Book book, int e) {
     return static_cast<float>(offset - (book == Book::signed_values ? 0 : 1));
 }
 
-// The lowest at a >= 0 of `so_far` and the lines `first` down to `last`; of all of them 0.7 or more. Begun from
-// largest_magnitude(book) it is that at most, for NaN too. V is float or a vector of floats; min(NaN, x) must be x.
-template <Book book, int first = top_line(book), int last = lowest_line(book), class V, class Min>
-LONGHAND_HD inline V code_position(V a, V so_far, Min min) {
-    constexpr float slope = line_slope(book, first), offset = line_offset(book, first);
-    so_far = min(a * slope + offset, so_far);
-    if constexpr (first > last)
-        return code_position<book, first - 1, last>(a, so_far, min);
+// The lowest line at a >= 0: 0.7 or more. Begun from lowest = largest_magnitude(book) it is that at most, for NaN too.
+// V is float or a vector of floats; min(NaN, x) must be x.
+template <Book book, int e = top_line(book), class V, class Min>
+LONGHAND_HD inline V code_position(V a, V lowest, Min min) {
+    constexpr float slope = line_slope(book, e), offset = line_offset(book, e);
+    lowest = min(a * slope + offset, lowest);
+    if constexpr (e > lowest_line(book))
+        return code_position<book, e - 1>(a, lowest, min);
     else
-        return so_far;
+        return lowest;
 }
 
 constexpr float kRoundToInteger = 12582912.f; // 1.5·2^23: adding it leaves the nearest integer in the low bits

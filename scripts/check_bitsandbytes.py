@@ -6,11 +6,11 @@
 By hand, not a test: it needs torch and bitsandbytes (0.50 or later, whose Adam8bit runs on a CPU), which nothing else
 here does, and a C++ compiler. Exits 1 if a code differs that should not.
 
-Each step starts from bitsandbytes' state. Its CPU path rounds a value to one of 65,536 even steps of [-1, 1] times absmax
-before it looks for the code, so its small codes are far from the nearest (1.5e-5 of absmax is the least v it knows): its
-codes must be those of a value within half a step of ours. The same values go through bitsandbytes' own exact search
-(what its quantize_blockwise does for float64): there only ties to within rounding may differ, and what our guard of the
-sign did, which the CPU path lacks (a tiny negative m becomes code 127). Ours runs with the floor on v off.
+Each step starts from bitsandbytes' state. Its CPU path rounds a value to one of 65,536 even steps of [-1, 1] times
+absmax before it looks for the code, so its small codes are far from the nearest (1.5e-5 of absmax is the least v it
+knows): its codes must be those of a value within half a step of ours. The same values go through bitsandbytes' own
+exact search (what its quantize_blockwise does for float64): there only ties to within rounding may differ, and what our
+guard of the sign did, which the CPU path lacks (a tiny negative m becomes code 127). Ours runs with the floor on v off.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def our_step(tool, folder, state, grads, t, lion, floor_v=False):
     """One step of ours from `state`: weights, m, v, m_absmax, v_absmax."""
     n, blocks = grads.size, state["m_absmax"].size
     path = folder / "arrays.bin"
-    head = np.array([n, t, lion, floor_v], np.int64).tobytes() + np.array([LR, *BETAS, EPS, DECAY], np.float64).tobytes()
+    settings = np.array([LR, *BETAS, EPS, DECAY], np.float64)
+    head = np.array([n, t, lion, floor_v], np.int64).tobytes() + settings.tobytes()
     names = ("m", "v", "m_absmax", "v_absmax")
     path.write_bytes(head + state["weights"].tobytes() + grads.tobytes() + b"".join(state[k].tobytes() for k in names))
     subprocess.run([str(tool), str(path)], check=True)
@@ -57,7 +58,8 @@ def our_step(tool, folder, state, grads, t, lion, floor_v=False):
 def their_state(optimizer, p):
     s = optimizer.state[p]
     blocks = -(-p.numel() // 256)
-    state = {"weights": p.detach().numpy().copy(), "m": s["state1"].numpy().copy(), "m_absmax": s["absmax1"].numpy().copy()}
+    state = {"weights": p.detach().numpy().copy()}
+    state["m"], state["m_absmax"] = s["state1"].numpy().copy(), s["absmax1"].numpy().copy()
     state["v"] = s["state2"].numpy().copy() if "state2" in s else np.zeros(p.numel(), np.uint8)
     state["v_absmax"] = s["absmax2"].numpy().copy() if "absmax2" in s else np.zeros(blocks, np.float32)
     return state
@@ -65,7 +67,8 @@ def their_state(optimizer, p):
 
 def compare(book, ours, exact, theirs, value, terms):
     """Counts of codes: ties and guarded ones among those that differ from the exact ones, wrong ones, ones that differ
-    from theirs, and those where theirs is no code within half a step. value and terms, the sum of its parts' sizes: in units of absmax."""
+    from theirs, and those where theirs is no code within half a step. value and terms, the sum of its parts' sizes, are
+    in units of absmax."""
     at = np.flatnonzero(ours != exact)
     a, b, x = ours[at].astype(int), exact[at].astype(int), value[at]
     border = (book[a].astype(np.float64) + book[b]) / 2
@@ -96,7 +99,8 @@ def check(name, lion, n, steps, tool, folder):
         m = books[0][before["m"]] * before["m_absmax"][block]
         parts = m * np.float32(BETAS[lion]), grads * np.float32(1 - BETAS[lion])
         m, m_terms = parts[0] + parts[1], np.abs(parts[0]) + np.abs(parts[1])
-        v = books[1][before["v"]] * before["v_absmax"][block] * np.float32(BETAS[1]) + grads**2 * np.float32(1 - BETAS[1])
+        v = books[1][before["v"]] * before["v_absmax"][block] * np.float32(BETAS[1])
+        v = v + grads**2 * np.float32(1 - BETAS[1])
         p.grad = torch.from_numpy(grads)
         optimizer.step()
         theirs = their_state(optimizer, p)
@@ -112,21 +116,21 @@ def check(name, lion, n, steps, tool, folder):
         before = theirs
     print(f"{name}: {steps} steps of {n} elements, {codes} codes\n"
           f"  against the exact search: {found[0]} ties, {found[1]} by the guard of the sign, {found[2]} wrong\n"
-          f"  against the CPU optimizer: {found[3]} differ, {found[4]} by more than its table's half step; absmax off by "
-          f"{absmax_off:.1e}, weights by {weights_off:.1e} of their size at most")
+          f"  against the CPU optimizer: {found[3]} differ, {found[4]} by more than its table's half step\n"
+          f"  absmax off by {absmax_off:.1e}, weights by {weights_off:.1e} of their size at most")
     return found[2] == 0 and found[4] == 0 and absmax_off < 1e-5 and weights_off < 1e-5
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=256 * 400 + 77, help="elements (at least 4096; a last block that is not whole)")
+    parser.add_argument("--n", type=int, default=256 * 400 + 77, help="elements, at least 4096")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tool = build(folder)
-        good = [check("AdamW", False, args.n, args.steps, tool, folder), check("Lion", True, args.n, args.steps, tool, folder)]
+        good = [check(name, lion, args.n, args.steps, tool, folder) for name, lion in (("AdamW", False), ("Lion", True))]
     return 0 if all(good) else 1
 
 

@@ -25,6 +25,7 @@ LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
 LAUNCHES = ROOT / "build" / "launches.txt"
+KERNEL_TESTS = {"gpt2", "pythia", "positions", "recording", "optimizer_bf16", "optimizer_codes"}
 DEVICE_ONLY = {"attention_backends"}  # compares kernels that only a GPU has
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "log", "attention", "layernorm", "embedding",
@@ -88,7 +89,7 @@ def tests():
     """Names of test programs: those of dev/simt, those that run kernels, and all others."""
     names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
     simulator = [n for n in names if n.startswith("simt")]
-    kernels = [n for n in names if n in ("gpt2", "pythia", "positions", "recording", "optimizer_bf16", "optimizer_codes") or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
+    kernels = [n for n in names if n in KERNEL_TESTS or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
     return simulator, kernels, [n for n in names if n not in simulator and n not in kernels]
 
 
