@@ -1,9 +1,8 @@
 # What the recipes for long context share; they source it before anything else. Settings come from the environment:
 # RUN, MODEL, TEXT, TOKENS, CONTEXT, SHORT, TOKENS_PER_STEP, STEPS, LR, WARMUP, VAL_TOKENS, TRAINER, DEPS; the recipes
-# have the defaults.
-# OPTIONS are more options of the trainer, words apart, and go to training alone, never to the evaluations.
-# DRY=1 says each command and runs none. SETUP=0 leaves out dev/setup.sh, for machines without apt: .venv with
-# requirements.txt is then there already, and DEPS is the folder of dev/deps.sh that make takes headers from.
+# have the defaults. OPTIONS are more options of the trainer, words apart, and go to training alone, never to the
+# evaluations. DRY=1 says each command and runs none. SETUP=0 leaves out dev/setup.sh, for machines without apt: .venv
+# with requirements.txt is then there already, and DEPS is the folder of dev/deps.sh that make takes headers from.
 # shellcheck shell=bash
 set -euo pipefail
 

@@ -68,8 +68,8 @@ def start(request, tmp_path_factory):
         (text / f"{i}.txt").write_text(make(random.Random(i), 8 * SHORT - 1))
     run(PYTHON, "data/prepare.py", text, "--out", folder / "tokens", "--raw-bytes")
     run(trainer, "--model", "2,64,2", "--vocab", 257, "--context", SHORT, "--batch", 8, "--train",
-        folder / "tokens/train_*.bin", "--steps", 50, "--lr", 1e-2, "--warmup", 5, "--val-every", 0, "--sample-every", 0,
-        "--threads", 1, "--out", folder / "made")
+        folder / "tokens/train_*.bin", "--steps", 50, "--lr", 1e-2, "--warmup", 5, "--val-every", 0, "--sample-every",
+        0, "--threads", 1, "--out", folder / "made")
     run(PYTHON, "scripts/convert_hf.py", folder / "made", "--back", folder / "hf", "--dtype", "fp16", "--tokenizer",
         folder / "tokens/tokenizer.json")
     return family, trainer, folder / "hf", text
