@@ -104,7 +104,7 @@ FileType read_config(const MappedFile& file, Gpt2Config& config) {
     Header header;
     static_cast<ModelSizes&>(config) = read_sizes(file, kModelMagic, "GPT-2", header);
     config.tied = header[8] ? header[9] : 0;
-    if (config.tied < 0 || header[8] < 0 || header[8] > 1)
+    if (header[8] < 0 || header[8] > 1 || (header[8] && header[9] < 1))
         throw BadInput(file.path() + ": no position rule " + std::to_string(header[8]) + " of " +
                        std::to_string(header[9]) + " tokens is known");
     FileType type = file_type(file, header);
@@ -148,7 +148,6 @@ private:
     Activations a_{};
     ActivationGradients d_{};
 
-    AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
     EmbeddingShape embedding_shape(int64_t B, int64_t start, int64_t T) const;
     void forward(int64_t B, int64_t start, int64_t T) override;
     void backward(int64_t B) override;
@@ -250,13 +249,6 @@ std::string Gpt2::describe() const {
     return line;
 }
 
-AttentionShape Gpt2::attention_shape(int64_t B, int64_t start, int64_t T) const {
-    AttentionShape shape{};
-    shape.B = B, shape.Tq = T, shape.Tk = start + T, shape.H = c_.H, shape.D = c_.D();
-    shape.q_offset = start;
-    return shape;
-}
-
 EmbeddingShape Gpt2::embedding_shape(int64_t B, int64_t start, int64_t T) const {
     EmbeddingShape shape{B, T, c_.C};
     shape.position0 = start;
@@ -337,15 +329,11 @@ void Gpt2::backward(int64_t B) {
 
 Cost Gpt2::step_cost(int64_t B) const {
     int64_t C = c_.C, N = B * T_;
-    auto linear = [&](int64_t in, int64_t out) {
-        return matmul_forward_cost(N, in, out) + matmul_backward_input_cost(N, in, out) +
-               matmul_backward_weight_cost(N, in, out);
-    };
     AttentionShape shape = attention_shape(B, 0, T_);
     Cost norms = layernorm_forward_cost(N, C) + layernorm_backward_cost(N, C);
-    Cost block = linear(C, 3 * C) + linear(C, C) + linear(C, 4 * C) + linear(4 * C, C) + attention_forward_cost(shape) +
-                 attention_backward_cost(shape) + 2 * norms + gelu_forward_cost(N * 4 * C) +
-                 gelu_backward_cost(N * 4 * C);
+    Cost block = linear_cost(N, C, 3 * C) + linear_cost(N, C, C) + linear_cost(N, C, 4 * C) + linear_cost(N, 4 * C, C) +
+                 attention_forward_cost(shape) + attention_backward_cost(shape) + 2 * norms +
+                 gelu_forward_cost(N * 4 * C) + gelu_backward_cost(N * 4 * C);
     EmbeddingShape embedding = embedding_shape(B, 0, T_);
     return c_.L * block + norms + unembedding_cost(N) + embedding_forward_cost(embedding, true) +
            embedding_backward_cost(embedding, true);

@@ -77,9 +77,17 @@ void apply_options(PythiaConfig& c, const Options& options, int64_t T) {
         rope.softmax_temperature = options.rope_temperature == "softmax";
     }
     if (rope.mode != RopeMode::yarn) rope.softmax_temperature = false;
-    for (double x : {rope.base, rope.scale})
-        if (!(x >= 1)) throw BadInput("a rotary base or scale of " + std::to_string(x) + " is below 1");
+    check_rope(rope, "--rope");
     c.maxT = std::max(c.maxT, T);
+}
+
+// What was left to be chosen, as options.toml is to have it.
+void resolve(Options& options, const PythiaConfig& c) {
+    options.gelu = c.gelu == Gelu::tanh ? "tanh" : "erf";
+    options.rope = rope_mode_name(c.rope.mode);
+    options.rope_base = c.rope.base;
+    if (c.rope.mode != RopeMode::none) options.rope_scale = c.rope.scale;
+    if (c.rope.mode == RopeMode::yarn) options.rope_temperature = c.rope.softmax_temperature ? "softmax" : "rotary";
 }
 
 PythiaConfig config_from_options(const Options& options) {
@@ -89,7 +97,8 @@ PythiaConfig config_from_options(const Options& options) {
     PythiaConfig config;
     static_cast<ModelSizes&>(config) = {T, V, pad_vocab(V), size.L, size.H, size.C};
     config.rope.dims = config.D() / 4 / 2 * 2;
-    config.rope.original = std::min(T, kTrainedContext);
+    bool stretched = !options.rope.empty() && options.rope != "none"; // as if the published models' window were its own
+    config.rope.original = stretched ? std::min(T, kTrainedContext) : T;
     check_sizes(config, "--model " + options.model);
     apply_options(config, options, T);
     return config;
@@ -162,12 +171,10 @@ FileType read_config(const MappedFile& file, PythiaConfig& c) {
     if (h[10] != 1 && h[10] != 2) refuse("GELU " + std::to_string(h[10]) + "; 1 is the tanh form, 2 the erf form");
     if (h[11] < 0 || h[11] > int(RopeMode::yarn)) refuse("rotary mode " + std::to_string(h[11]) + " is none of 0 to 4");
     if (h[12] < 0 || h[12] > 1) refuse("temperature form " + std::to_string(h[12]) + " is neither 0 nor 1");
-    if (h[13] < 1) refuse("an original context of " + std::to_string(h[13]));
     c.parallel = h[9];
     c.gelu = h[10] == 1 ? Gelu::tanh : Gelu::erf;
     c.rope = {RopeMode(h[11]), h[8], h[13], read_double(h, 14), read_double(h, 16), h[12] == 1};
-    for (double x : {c.rope.base, c.rope.scale})
-        if (!std::isfinite(x) || x < 1) refuse("a rotary base or scale of " + std::to_string(x));
+    check_rope(c.rope, file.path());
     FileType type = file_type(file, h);
     check_weights_size(file, type, pythia_tensors(c));
     return type;
@@ -209,7 +216,6 @@ private:
     Activations a_{};
     ActivationGradients d_{};
 
-    AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
     RotaryShape rotary_shape(int64_t B, int64_t start, int64_t T) const;
     void forward(int64_t B, int64_t start, int64_t T) override;
     void backward(int64_t B) override;
@@ -289,13 +295,6 @@ std::string Pythia::describe() const {
              (long long)c_.rope.original, rope_mode_name(c_.rope.mode), c_.rope.scale,
              c_.parallel ? "" : ", sequential residual");
     return line;
-}
-
-AttentionShape Pythia::attention_shape(int64_t B, int64_t start, int64_t T) const {
-    AttentionShape shape{};
-    shape.B = B, shape.Tq = T, shape.Tk = start + T, shape.H = c_.H, shape.D = c_.D();
-    shape.q_offset = start;
-    return shape;
 }
 
 RotaryShape Pythia::rotary_shape(int64_t B, int64_t start, int64_t T) const { return {B, T, c_.H, c_.D(), start}; }
@@ -390,17 +389,13 @@ void Pythia::backward(int64_t B) {
 
 Cost Pythia::step_cost(int64_t B) const {
     int64_t C = c_.C, N = B * T_;
-    auto linear = [&](int64_t in, int64_t out) {
-        return matmul_forward_cost(N, in, out) + matmul_backward_input_cost(N, in, out) +
-               matmul_backward_weight_cost(N, in, out);
-    };
     AttentionShape attention = attention_shape(B, 0, T_);
     RotaryShape rotary = rotary_shape(B, 0, T_);
     Cost norms = layernorm_forward_cost(N, C) + layernorm_backward_cost(N, C);
-    Cost block = linear(C, 3 * C) + rotary_forward_cost(rotary, c_.rope.dims) +
+    Cost block = linear_cost(N, C, 3 * C) + rotary_forward_cost(rotary, c_.rope.dims) +
                  rotary_backward_cost(rotary, c_.rope.dims, true) + attention_forward_cost(attention) +
-                 attention_backward_cost(attention) + linear(C, C) + linear(C, 4 * C) + linear(4 * C, C) + 2 * norms +
-                 gelu_forward_cost(N * 4 * C) + gelu_backward_cost(N * 4 * C);
+                 attention_backward_cost(attention) + linear_cost(N, C, C) + linear_cost(N, C, 4 * C) +
+                 linear_cost(N, 4 * C, C) + 2 * norms + gelu_forward_cost(N * 4 * C) + gelu_backward_cost(N * 4 * C);
     return c_.L * block + norms + unembedding_cost(N) + embedding_forward_cost({B, T_, C}, false) +
            embedding_backward_cost({B, T_, C}, false);
 }
@@ -423,6 +418,7 @@ void run_pythia(int argc, char** argv) {
         if (!T) T = config.maxT;
         apply_options(config, options, T);
     }
+    resolve(options, config);
     Device device(options.threads);
     Pythia model(device, config, options.batch, T, options.eval.empty());
     if (file)

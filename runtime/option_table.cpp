@@ -71,7 +71,7 @@ std::vector<OptionRow> option_table(const Family& family) {
          &O::rope_scale,
          fixed,
          {0, 0x1p40},
-         "context / trained context; 1 for dynamic",
+         "with --rope: context / trained context, 1 for dynamic; else the weights file's own",
          {},
          pythia},
         {model,
@@ -165,7 +165,7 @@ std::vector<OptionRow> option_table(const Family& family) {
         {run, "config", "FILE", "read options from a TOML file of lines such as batch = 4; the command line wins"},
         {run, "help", "", "print this and exit"},
 
-        {batch, "context", "T", "tokens in a sequence", &O::context, fixed, {0, 0x1p31}, "the model's own"},
+        {batch, "context", "T", "tokens in a sequence", &O::context, fixed, {0, 0x7fffffff}, "the model's own"},
         {batch,
          "batch",
          "B",

@@ -177,12 +177,12 @@ Layer read_command_line(int argc, char** argv, const Family& family, const std::
 
 constexpr size_t kConfigBytes = 1 << 20; // no list of options comes near it
 
-Layer read_config(const std::string& path, const std::vector<OptionRow>& table) {
+Layer read_config(const std::string& path, const std::vector<OptionRow>& table, const Family& family) {
     Layer layer;
     for (const TomlItem& item : parse_toml(read_small_file(path, kConfigBytes), path)) {
         std::string where = path + ":" + std::to_string(item.line) + ": " + item.key;
         const OptionRow* row = find_row(table, item.key);
-        if (!row) throw BadInput(where + ": no such option (see --help)");
+        if (!row) throw BadInput(where + ": " + family.program + " has no such option (see --help)");
         bool is_list = std::holds_alternative<std::vector<int32_t> Options::*>(row->member);
         bool is_string = std::holds_alternative<std::string Options::*>(row->member);
         if (item.array && !is_list) throw BadInput(where + ": takes one value, not an array");
@@ -253,7 +253,7 @@ Options parse_options(int argc, char** argv, const Family& family) {
     if (auto config = given.find("config"); config != given.end()) {
         std::string path = config->second.text;
         given.erase(config);
-        given = merge(given, read_config(path, table));
+        given = merge(given, read_config(path, table, family));
     }
 
     Options asked; // what was given, over the defaults
@@ -266,7 +266,7 @@ Options parse_options(int argc, char** argv, const Family& family) {
     std::error_code error;
     if (asked.resume && std::filesystem::exists(stored, error)) {
         Options own;
-        for (const auto& [name, value] : read_config(stored, table))
+        for (const auto& [name, value] : read_config(stored, table, family))
             if (const OptionRow* row = find_row(table, name); row->scope != OptionScope::command)
                 set_value(own, *row, value.text, value.where);
         options = own;

@@ -11,7 +11,7 @@ struct Options {
     std::string positions;        // GPT-2: tile, tied, interpolate, fresh, or empty
     std::string gelu;             // Pythia: erf, tanh, or empty: the weights file's own, else erf
     std::string rope;             // Pythia: none, linear, ntk, dynamic, yarn, or empty: the weights file's own
-    double rope_scale = 0;        // 0: context / trained context
+    double rope_scale = 0;        // 0: with rope context / trained context, else the file's own
     double rope_base = 0;         // 0: the weights file's own, else 10000
     std::string rope_temperature; // rotary, softmax, or empty: the weights file's own
     // data

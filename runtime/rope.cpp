@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <sstream>
 
 #include "errors.h"
 
@@ -12,7 +13,7 @@ constexpr long double kTwoPi = 6.28318530717958647692528676655900577L;
 
 // Base of the frequencies: NTK's modes raise it such that the slowest pair is slowed down by `stretch`.
 long double stretched_base(const Rope& rope, long double stretch) {
-    return rope.base * powl(stretch, rope.dims / (rope.dims - 2.0L)); // dims = 2: ∞ or 1, and ∞⁰ = 1 is right
+    return rope.base * powl(stretch, rope.dims / (rope.dims - 2.0L));
 }
 
 // How far pair i is from being kept (0) to being interpolated (1), as a function of i. The steps are transformers', in
@@ -35,20 +36,6 @@ struct Ramp {
 
 double yarn_factor(const Rope& rope) { return rope.scale <= 1 ? 1 : 0.1 * std::log(rope.scale) + 1; }
 
-void check(const Rope& rope, int64_t T) {
-    auto refuse = [](const std::string& what) { throw BadInput("rotary positions: " + what); };
-    if (rope.dims < 0 || rope.dims % 2 || rope.dims > 2 * kMostRotaryPairs)
-        refuse("the rotated dimensions of a head must be even and at most " + std::to_string(2 * kMostRotaryPairs) +
-               ", not " + std::to_string(rope.dims));
-    if (!(rope.base > 1)) refuse("the base must be above 1, not " + std::to_string(rope.base));
-    if (rope.mode == RopeMode::none) return;
-    if (!(rope.scale >= 1) || std::isinf(rope.scale))
-        refuse("the scale must be at least 1, not " + std::to_string(rope.scale));
-    if (rope.original < 1 && (rope.mode == RopeMode::dynamic || rope.mode == RopeMode::yarn))
-        refuse(std::string(rope_mode_name(rope.mode)) + " needs the context that the model was trained on");
-    if (T < 1) refuse("a sequence of " + std::to_string(T) + " tokens");
-}
-
 } // namespace
 
 RopeMode parse_rope_mode(const std::string& name) {
@@ -59,8 +46,24 @@ RopeMode parse_rope_mode(const std::string& name) {
 
 const char* rope_mode_name(RopeMode mode) { return kNames[int(mode)]; }
 
+void check_rope(const Rope& rope, const std::string& where) {
+    constexpr double kMostBase = 1e30, kMostScale = 1e12;
+    auto refuse = [&](const std::string& what) { throw BadInput(where + ": " + what); };
+    auto text = [](double x) { return (std::ostringstream() << x).str(); };
+    const std::string mode = rope_mode_name(rope.mode);
+    if (rope.dims < 0 || rope.dims % 2 || rope.dims > 2 * kMostRotaryPairs)
+        refuse("the rotated dimensions of a head must be even and at most " + std::to_string(2 * kMostRotaryPairs) +
+               ", not " + std::to_string(rope.dims));
+    if (!(rope.base > 1 && rope.base <= kMostBase))
+        refuse("the rotary base must be above 1 and at most " + text(kMostBase) + ", not " + text(rope.base));
+    if (!(rope.scale >= 1 && rope.scale <= kMostScale))
+        refuse("the rotary scale must be at least 1 and at most " + text(kMostScale) + ", not " + text(rope.scale));
+    if (rope.original < 1) refuse("an original context of " + std::to_string(rope.original) + " tokens");
+    if ((rope.mode == RopeMode::ntk || rope.mode == RopeMode::dynamic) && rope.dims == 2)
+        refuse("the base of 2 rotated dimensions cannot be stretched, which " + mode + " would do");
+}
+
 Rotary make_rotary(const Rope& rope, int64_t T) {
-    check(rope, T);
     const long double scale = rope.scale;
     long double base = rope.base;
     if (rope.mode == RopeMode::ntk) base = stretched_base(rope, scale);

@@ -31,7 +31,12 @@ struct Rope {
 RopeMode parse_rope_mode(const std::string& name);
 const char* rope_mode_name(RopeMode mode);
 
-// Frequencies for a run whose sequences have T tokens.
+// Throws BadInput, `where` before it, unless the numbers can be: dims even and within 256, base above 1 and scale at
+// least 1, both far from where powers overflow; ntk and dynamic need more than 2 dims, dynamic and yarn an original
+// context.
+void check_rope(const Rope& rope, const std::string& where);
+
+// Frequencies for a run whose sequences have T tokens, of a rope that check_rope() takes.
 Rotary make_rotary(const Rope& rope, int64_t T);
 
 // What the softmax scale is multiplied with: f² with softmax_temperature, else 1.

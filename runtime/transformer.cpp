@@ -45,7 +45,11 @@ constexpr int64_t kClassifierChunk = 512;
 Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, size_t unembedding, int64_t B,
                          int64_t T, bool training)
     : device_(device), B_(B), T_(T), N_(B * T), training_(training), params_(std::move(tensors)), C_(sizes.C),
-      V_(sizes.V), Vp_(sizes.Vp), K_(std::min(N_, kClassifierChunk)), unembedding_(unembedding) {
+      H_(sizes.H), V_(sizes.V), Vp_(sizes.Vp), K_(std::min(N_, kClassifierChunk)), unembedding_(unembedding) {
+    // Far beyond any machine, and the products of sizes still fit 63 bits.
+    if (double(B) * T * sizes.L * 16 * C_ > 0x1p58)
+        throw BadInput("--context " + std::to_string(T) + " and --batch " + std::to_string(B) +
+                       " are more than any machine holds");
     params_.place(arena_, training);
     arena_.place(tokens_, N_, "tokens");
     arena_.place(targets_, N_, "targets");
@@ -92,9 +96,20 @@ void Transformer::losses(int64_t N, double factor, bool gradients) {
     classifier_add_losses(device_.stream, loss_, losses_, factor, N);
 }
 
+AttentionShape Transformer::attention_shape(int64_t B, int64_t start, int64_t T) const {
+    AttentionShape shape{};
+    shape.B = B, shape.Tq = T, shape.Tk = start + T, shape.H = H_, shape.D = C_ / H_;
+    shape.q_offset = start;
+    return shape;
+}
+
+Cost Transformer::linear_cost(int64_t N, int64_t in, int64_t out) {
+    return matmul_forward_cost(N, in, out) + matmul_backward_input_cost(N, in, out) +
+           matmul_backward_weight_cost(N, in, out);
+}
+
 Cost Transformer::unembedding_cost(int64_t N) const {
-    return matmul_forward_cost(N, C_, Vp_) + matmul_backward_input_cost(N, C_, Vp_) +
-           matmul_backward_weight_cost(N, C_, Vp_) + classifier_forward_backward_cost(N, V_, Vp_);
+    return linear_cost(N, C_, Vp_) + classifier_forward_backward_cost(N, V_, Vp_);
 }
 
 void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {

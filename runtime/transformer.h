@@ -8,7 +8,7 @@
 #include <string>
 
 #include "../kernels/adamw.h"
-#include "../kernels/gelu.h"
+#include "../kernels/attention.h"
 #include "arena.h"
 #include "device.h"
 #include "loop.h"
@@ -61,6 +61,10 @@ protected:
     // dlnf_ to the gradients of all parameters but the unembedding's product.
     virtual void backward(int64_t B) = 0;
     virtual Header header() const = 0;
+    // Attention of T tokens over their own and the `start` tokens before them.
+    AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
+    // A matrix (out, in) on N tokens, forward and backward.
+    static Cost linear_cost(int64_t N, int64_t in, int64_t out);
     // FLOPs and bytes of the unembedding with its loss and gradients, for N tokens.
     Cost unembedding_cost(int64_t N) const;
 
@@ -86,7 +90,7 @@ protected:
     real *lnf_ = nullptr, *dlnf_ = nullptr;          // (N,C) the last LayerNorm's output and, in training, its gradient
 
 private:
-    const int64_t C_, V_, Vp_, K_;
+    const int64_t C_, H_, V_, Vp_, K_;
     const size_t unembedding_;
     Recording training_step_, evaluation_;
     real* logits_ = nullptr;  // (K,Vp)

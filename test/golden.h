@@ -209,13 +209,6 @@ inline nlohmann::json read(const std::string& path) {
     return nlohmann::json::parse(file);
 }
 
-inline RopeMode rope_mode(const std::string& name) {
-    const char* names[] = {"none", "linear", "ntk", "dynamic", "yarn"};
-    for (int mode = 0; mode < 5; mode++)
-        if (name == names[mode]) return RopeMode(mode);
-    throw std::runtime_error("no rotary mode " + name);
-}
-
 inline Config config_of(const nlohmann::json& j) {
     int64_t V = j.at("V");
     Config c{j.at("seed"),          j.at("L"),    j.at("C"), j.at("H"), V,
@@ -225,7 +218,8 @@ inline Config config_of(const nlohmann::json& j) {
     c.family = Family::pythia;
     c.parallel = j.at("parallel");
     c.gelu = j.at("gelu") == "erf" ? Gelu::erf : Gelu::tanh;
-    c.rope = {rope_mode(rope.at("mode")), rope.at("dims"), rope.at("original"), rope.at("base"), rope.at("scale")};
+    c.rope = {parse_rope_mode(rope.at("mode")), rope.at("dims"), rope.at("original"), rope.at("base"),
+              rope.at("scale")};
     return c;
 }
 

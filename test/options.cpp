@@ -331,9 +331,9 @@ TEST_CASE("a bad --config is refused with its line") {
     struct Case {
         std::string text, said;
     };
-    for (const Case& c : std::vector<Case>{{"batch = 4\nbatches = 4", ":2: batches: no such option"},
-                                           {"config = \"x\"", ":1: config: no such option"},
-                                           {"help = true", ":1: help: no such option"},
+    for (const Case& c : std::vector<Case>{{"batch = 4\nbatches = 4", ":2: batches: train_gpt2 has no such option"},
+                                           {"config = \"x\"", ":1: config: train_gpt2 has no such option"},
+                                           {"help = true", ":1: help: train_gpt2 has no such option"},
                                            {"\n\nbatch = 0", ":3: batch: 0 is out of range"},
                                            {"batch = \"4\"", ":1: batch: takes no quotes"},
                                            {"batch = [4]", ":1: batch: takes one value"},

@@ -27,12 +27,12 @@ Options options_for(const std::string& positions, int64_t context) {
 }
 
 // A model from a file, as run_gpt2 makes it.
-std::unique_ptr<Gpt2> open(const std::string& path, const Options& options) {
+std::unique_ptr<Gpt2> open(const std::string& path, const Options& options, int64_t B = 1) {
     MappedFile file(path);
     Gpt2Config from;
     FileType type = read_config(file, from);
     int64_t T = options.context;
-    auto model = std::make_unique<Gpt2>(device(), stretch(from, options, T, path), 1, T, true);
+    auto model = std::make_unique<Gpt2>(device(), stretch(from, options, T, path), B, T, true);
     model->read_file(file, type, from, options);
     return model;
 }
@@ -152,6 +152,17 @@ TEST_CASE("tied positions are a tiled table whose copies share their gradient") 
     std::vector<double> sum(kTable * 64);
     for (size_t i = 0; i < long_gradient.size(); i++) sum[i % sum.size()] += long_gradient[i];
     check_close("dwpe", host(tied->tensors().list[wpe], true), sum, 8 * 1.2e-7);
+
+    // The same positions for every sequence of a batch.
+    std::vector<int32_t> rows = random_tokens(3 * kLong + 1);
+    double losses[2];
+    for (bool tie : {false, true}) {
+        auto model = open(path, options_for(tie ? "tied" : "tile", kLong), 3);
+        model->clear(false);
+        model->evaluate(rows.data(), rows.data() + 1, 3, 1.0 / (3 * kLong));
+        losses[tie] = model->loss();
+    }
+    CHECK(std::abs(losses[0] - losses[1]) <= 2 * kRealEpsilon * losses[0]);
 
     // Token by token, past the end of the table, the cache finds the same positions.
     std::vector<int32_t> tokens = random_tokens(kLong);

@@ -76,3 +76,37 @@ TEST_CASE("named sizes have the published parameter counts") {
         CHECK(c.rope.dims * 4 == c.D());
     }
 }
+
+TEST_CASE("weights from scratch are distributed as Pythia's") {
+    struct {
+        int64_t L, C, H;
+        double std, projection;
+    } sizes[] = {{3, 256, 8, std::sqrt(2.0 / (5 * 256)), 2 / (3 * std::sqrt(256.0))}, // "small init" and Wang's
+                 {1, 4096, 32, 0.02, 0.02 / std::sqrt(2.0)}};                         // what 6.9b and 12b got
+    for (auto [L, C, H, std, projection] : sizes) {
+        if (check::kSimulated && C > 1000) continue;
+        PythiaConfig c;
+        static_cast<ModelSizes&>(c) = {8, 61, 128, L, H, C};
+        c.rope.dims = C / H / 4, c.rope.original = 8;
+        Pythia model(trainer::device(), c, 1, 8, false);
+        model.init_weights(7);
+        for (size_t i : {embedin, qkvw, attprojw, fcw, fcprojw, embedout, ln1w, ln2b, fcb}) {
+            const Tensor& tensor = model.tensors().list[i];
+            CAPTURE(tensor.name);
+            const int64_t live = i == embedin || i == embedout ? c.V * C : tensor.count;
+            std::vector<real> values(tensor.count);
+            download(trainer::device(), values.data(), tensor.param, values.size() * sizeof(real));
+            double sum = 0, squares = 0;
+            for (int64_t k = 0; k < live; k++) sum += to_float(values[k]), squares += std::pow(to_float(values[k]), 2);
+            for (int64_t k = live; k < tensor.count; k++) REQUIRE(to_float(values[k]) == 0);
+            const double want = i == attprojw || i == fcprojw ? projection : std;
+            if (i == ln1w || i == ln2b || i == fcb) {
+                CHECK(sum == (i == ln1w ? live : 0));
+            } else { // the deviation of a sample's is std/sqrt(2n), of its mean std/sqrt(n)
+                CHECK(std::abs(std::sqrt(squares / live) - want) <=
+                      want * (5 / std::sqrt(2.0 * live) + kRealEpsilon / 4));
+                CHECK(std::abs(sum / live) <= 5 * want / std::sqrt(double(live)));
+            }
+        }
+    }
+}

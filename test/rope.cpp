@@ -159,7 +159,7 @@ TEST_CASE("names, and what is refused") {
     for (RopeMode mode : {RopeMode::none, RopeMode::linear, RopeMode::ntk, RopeMode::dynamic, RopeMode::yarn})
         CHECK(parse_rope_mode(rope_mode_name(mode)) == mode);
     CHECK_THROWS_AS(parse_rope_mode("longrope"), BadInput);
-    auto refused = [](Rope rope, int64_t T = 4096) { CHECK_THROWS_AS(make_rotary(rope, T), BadInput); };
+    auto refused = [](Rope rope) { CHECK_THROWS_AS(check_rope(rope, "here"), BadInput); };
     refused({RopeMode::none, 7, 2048});
     refused({RopeMode::none, 258, 2048});
     refused({RopeMode::none, -2, 2048});
@@ -169,5 +169,14 @@ TEST_CASE("names, and what is refused") {
     refused({RopeMode::ntk, 8, 2048, 10000, NAN});
     refused({RopeMode::yarn, 8, 0, 10000, 2});
     refused({RopeMode::dynamic, 8, 0, 10000, 2});
-    refused({RopeMode::dynamic, 8, 2048, 10000, 2}, 0);
+    refused({RopeMode::ntk, 2, 2048, 10000, 2});
+    refused({RopeMode::dynamic, 2, 2048, 10000, 2});
+    refused({RopeMode::none, 8, 2048, 1e31});
+    refused({RopeMode::linear, 8, 2048, 10000, INFINITY});
+    check_rope({RopeMode::ntk, 4, 2048, 1e30, 1e12}, "here");
+    try {
+        check_rope({RopeMode::none, 8, 2048, 1.0}, "a.bin");
+    } catch (const BadInput& said) {
+        CHECK(std::string(said.what()) == "a.bin: the rotary base must be above 1 and at most 1e+30, not 1");
+    }
 }

@@ -227,6 +227,31 @@ def test_bf16_weights_are_widened_exactly(tmp_path):
     assert written[1024:] == values.tobytes()
 
 
+@pytest.mark.parametrize("how", ["tile", "tied", "interpolate", "fresh"])
+def test_positions_grow_once_and_stay(data, tmp_path, how):
+    gpt2_file(tmp_path / "in.bin", 3, V=VOCAB, maxT=16)
+    chosen = options(data, model=None, vocab=None, init=tmp_path / "in.bin")
+    done = trainer(*chosen, "--out", tmp_path / "refused")
+    assert done.returncode == BAD_INPUT and "--positions tile, tied, interpolate or fresh" in complaint(done)
+    run = tmp_path / "run"
+    assert trainer(*chosen, "--positions", how, "--out", run).returncode == DONE
+    head = struct.unpack("<10i", (run / "step_00000012/model.bin").read_bytes()[:40])
+    assert head[2] == (16 if how == "tied" else 32) and head[8:] == ((1, 32) if how == "tied" else (0, 0))
+    # Evaluated without a word on positions, at the context that it has: the run's own last validation loss.
+    val = [event["loss"] for event in untimed(run) if event["event"] == "val"][-1]
+    done = trainer("--eval", "loss", "--init", run, "--val", f"{data}/val_*.bin", "--batch", 2, "--val-tokens", 256)
+    assert abs(float(done.stdout.split()[1]) - val) < 1e-6
+    # A resume repeats the run, and keeps how its positions grew.
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for name in checkpoints(again)[3:]:
+        shutil.rmtree(again / name)
+    assert trainer("--out", again, "--resume").returncode == DONE
+    assert_same_run(run, again, 12)
+    done = trainer("--out", run, "--resume", "--positions", "tile" if how != "tile" else "tied")
+    assert done.returncode == BAD_INPUT and f"has {how} and cannot go on with" in complaint(done)
+
+
 def test_eval_loss_is_the_runs_own(whole, data):
     precision, run = whole
     want = [event["loss"] for event in untimed(run) if event["event"] == "val"][-1]

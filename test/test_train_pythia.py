@@ -125,6 +125,28 @@ def test_narrow_weights_are_widened_exactly(version, tmp_path):
     assert written[1024:] == values.tobytes()
 
 
+def test_the_original_context_of_a_model_from_scratch(data, tmp_path):
+    """Its own context, unless --rope stretches it from the published 2048."""
+    for name, chosen, original, scale in (("plain", {}, 4096, 1), ("yarn", {"rope": "yarn"}, 2048, 2)):
+        done = pythia(*options(data, model="1,32,1", context=4096, batch=1, tokens_per_step=4096, steps=0, val=None, **chosen),
+                      "--out", tmp_path / name)
+        assert done.returncode == DONE, done.stderr
+        words, _, got = header_of(tmp_path / name / "step_00000000/model.bin")
+        assert (words[2], words[13], got) == (4096, original, scale)
+
+
+def test_what_was_left_open_is_written_down(data, tmp_path):
+    weights_file(tmp_path / "in.bin", V=VOCAB, maxT=16)
+    chosen = options(data, model=None, vocab=None, init=tmp_path / "in.bin", rope="yarn", steps=1)
+    assert pythia(*chosen, "--out", tmp_path / "run").returncode == DONE
+    written = (tmp_path / "run/options.toml").read_text()
+    for line in ('gelu = "erf"', 'rope = "yarn"', "rope-scale = 2.0", "rope-base = 10000.0", 'rope-temperature = "rotary"'):
+        assert line in written
+    assert pythia("--out", tmp_path / "run", "--resume", "--rope-scale", 2, "--steps", 2).returncode == DONE
+    done = trainer("--out", tmp_path / "run", "--resume")
+    assert done.returncode == BAD_INPUT and "train_gpt2 has no such option" in complaint(done)
+
+
 def test_logits(whole):
     precision, run = whole
     prompt = "1,4,13,40,57"
@@ -164,12 +186,15 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path):
         (lambda: harmed(at11=5), "rotary mode 5"),
         (lambda: harmed(at12=-1), "temperature form -1"),
         (lambda: harmed(at13=0), "an original context of 0"),
-        (lambda: harmed(base=float("nan")), "a rotary base or scale of nan"),
-        (lambda: harmed(scale=0.5), "a rotary base or scale of 0.5"),
+        (lambda: harmed(base=float("nan")), "the rotary base must be above 1 and at most 1e+30, not nan"),
+        (lambda: harmed(scale=0.5), "the rotary scale must be at least 1 and at most 1e+12, not 0.5"),
         (lambda: harmed(H=4), "head dim 16"),
         ({"init": good, "rope": "alibi"}, "--rope: 'alibi' is not one of none, linear, ntk, dynamic, yarn"),
         ({"init": good, "rope_scale": 2}, "--rope-scale needs --rope"),
-        ({"init": good, "rope": "linear", "rope_scale": 0.5}, "is below 1"),
+        (lambda: harmed(base=1.0), "harmed.bin: the rotary base must be above 1"),
+        (lambda: harmed(at8=2, at11=2), "harmed.bin: the base of 2 rotated dimensions cannot be stretched"),
+        ({"init": good, "rope": "linear", "rope_scale": 0.5}, "--rope: the rotary scale must be at least 1"),
+        ({"init": good, "context": 2**31 - 1, "batch": 2**20}, "are more than any machine holds"),
         ({"init": good, "rope": "linear", "rope_temperature": "softmax"}, "only --rope yarn has a temperature"),
         ({"init": good, "positions": "tile"}, "unknown option --positions"),
         ({"init": good, "vocab": 65}, "--vocab 65, but"),
