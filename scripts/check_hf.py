@@ -6,9 +6,10 @@
     VENV/bin/python scripts/check_hf.py DIR --tokens 1,2,3 --logits logits.txt         # compare with the trainer's
     VENV/bin/python scripts/check_hf.py DIR --tokens tokens.npy --save logits.npy      # write transformers' own
 
-tokens.npy is (B,T) or (T) whole numbers, logits.npy (B,T,V) or (T,V) numbers, or a .txt file of (T,V). The model runs in fp32 with its weights
-widened, one sequence at a time. It must load without a missing, unexpected or misshaped tensor and hold T tokens.
-Exits 1 if a tensor or the comparison is off, 2 on bad input. Needs torch and transformers; no test runs it.
+tokens.npy is (B,T) or (T) whole numbers, logits.npy (B,T,V) or (T,V) numbers, or a .txt file of (T,V). The model runs
+in fp32 with its weights widened, one sequence at a time. It must load without a missing, unexpected or misshaped tensor
+and hold T tokens. Exits 1 if a tensor or the comparison is off, 2 on bad input. Needs torch and transformers; no test
+runs it.
 """
 
 import argparse
@@ -103,7 +104,9 @@ def check(args) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", help="HuggingFace directory, from convert_hf.py --back for instance")
-    parser.add_argument("--tokens", metavar="FILE.npy", required=True, help="(B,T) or (T) token ids, or a list such as 1,2,3")
+    parser.add_argument(
+        "--tokens", metavar="FILE.npy", required=True, help="(B,T) or (T) token ids, or a list such as 1,2,3"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--logits", metavar="FILE", help="(B,T,V) or (T,V), the trainer's, to compare with")
     what.add_argument("--save", metavar="FILE.npy", help="write transformers' logits, (B,T,V) fp32")

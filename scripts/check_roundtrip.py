@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""HuggingFace -> weights file -> training beyond the trained window -> HuggingFace, and the logits that transformers then
-computes beside the trainer's: every way of growing GPT-2's positions, every rotary mode, both residual forms.
+"""HuggingFace -> weights file -> training beyond the trained window -> HuggingFace, and the logits that transformers
+then computes beside the trainer's: every way of growing GPT-2's positions, every rotary mode, both residual forms.
 
     VENV/bin/python scripts/check_roundtrip.py [--build build/cpu] [--keep DIR]
 
-VENV holds dev/requirements-golden.txt; `make cpu` comes first. Small random fp16 models, trained window 128, thirty steps
-at 512 tokens. Exits 1 if anything is off (scripts/check_hf.py says what). No test runs it.
+VENV holds dev/requirements-golden.txt; `make cpu` comes first. Small random fp16 models, trained window 128, thirty
+steps at 512 tokens. Exits 1 if anything is off (scripts/check_hf.py says what). No test runs it.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def check(folder, build):
     failed = 0
     for number, (model, program, options) in enumerate(CASES):
         trainer, made = ROOT / build / program, folder / f"run_{number}"
-        run(trainer, "--init", folder / f"{model}.bin", "--train", folder / "train.bin", "--context", LONG, "--steps", 30,
-            "--lr", 1e-3, "--val-every", 0, "--sample-every", 0, "--out", made, *options)
+        run(trainer, "--init", folder / f"{model}.bin", "--train", folder / "train.bin", "--context", LONG, "--steps",
+            30, "--lr", 1e-3, "--val-every", 0, "--sample-every", 0, "--out", made, *options)
         run(sys.executable, "scripts/convert_hf.py", made, "--back", folder / f"back_{number}")
         logits = folder / f"logits_{number}.txt"
         logits.write_text(run(trainer, "--init", made, "--eval", "logits", "--prompt-tokens", tokens))
@@ -75,7 +75,9 @@ def check(folder, build):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", default="build/cpu", help="whose trainers (%(default)s)")
-    parser.add_argument("--keep", type=pathlib.Path, metavar="DIR", help="work there, and leave it (a temporary folder)")
+    parser.add_argument(
+        "--keep", type=pathlib.Path, metavar="DIR", help="work there, and leave it (a temporary folder)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="longhand_check_") as scratch:
         folder = args.keep or pathlib.Path(scratch)

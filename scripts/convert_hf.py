@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""HuggingFace directories ↔ weights files, for GPT-2 and Pythia (gpt2, gpt_neox), and tokenizer.json → tokenizer.bin.
+"""HuggingFace directories ↔ weights files of GPT-2 and Pythia (gpt2, gpt_neox), and tokenizer.json → tokenizer.bin.
 
     scripts/convert_hf.py pythia-160m --to pythia.bin        # config.json and model.safetensors -> a weights file
     scripts/convert_hf.py runs/long --back long_hf           # a run, a checkpoint or a weights file -> HuggingFace
@@ -7,6 +7,9 @@
 
 Neither torch nor much memory is needed: tensors pass through in blocks of a few MB, in the order of the file that is
 written. With one dtype on both sides not a bit changes.
+
+An exported model computes in transformers what the trainer computes. With rope dynamic that holds at the full context
+only: transformers takes the frequencies from the length of each sequence, the trainer from the context of the run.
 """
 
 import argparse
@@ -27,7 +30,7 @@ import hf_config
 import hf_directory
 from hf_directory import Directory, Entry, Found
 from tensor_stream import BLOCK, STORAGE, Stored, recode
-from weights_file import GPT2, ITEM_BYTES, NEOX, Header, InputError, Part, locate, read_header
+from weights_file import GPT2, ITEM_BYTES, MODES, NEOX, Header, InputError, Part, locate, read_header
 
 import vocabulary  # of data/, which weights_file puts on the path
 from common import EOT_TEXT, RunError
@@ -58,7 +61,8 @@ class Staged:
     Until then it is `.NAME.partial` beside that name, locked, so that what a killed run left behind can be replaced."""
 
     def __init__(self, target: str, folder: bool, force: bool):
-        self.target, self.folder = os.path.abspath(target), folder
+        # Of a link the place that it leads to, as any program would write there.
+        self.target, self.folder = os.path.realpath(target), folder
         parent, name = os.path.split(self.target)
         self.parent, self.path = parent, os.path.join(parent, f".{name}.partial")
         if not os.path.isdir(parent):
@@ -72,6 +76,19 @@ class Staged:
             raise InputError(f"{target}: exists already; choose another name, or replace it with --force")
         if occupied and folder and not os.path.exists(os.path.join(self.target, hf_directory.CONFIG)):
             raise InputError(f"{target}: holds no {hf_directory.CONFIG}, so --force does not replace it")
+        self.check_replaceable()
+
+    def check_replaceable(self):
+        """A folder is replaced as a whole, so it may hold nothing that an export does not write."""
+        if not self.folder or not os.path.isdir(self.target):
+            return
+        with os.scandir(self.target) as inside:
+            others = sorted(at.name for at in inside if not hf_directory.OURS.fullmatch(at.name) or at.is_dir())
+        if others:
+            named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+            raise InputError(
+                f"{self.target}: holds {named}, which --force would delete; move that, or name another folder"
+            )
 
     def __enter__(self):
         if self.folder:
@@ -97,6 +114,7 @@ class Staged:
     def commit(self):
         if self.folder:
             os.fsync(self.handle)
+            self.check_replaceable()  # the conversion may have taken minutes
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             old = os.path.join(self.parent, f".{os.path.basename(self.target)}.old")
@@ -249,6 +267,18 @@ def context_of(header: Header, wish: Optional[int], path: str) -> int:
     return wish or (header.tied_context if header.tied else header.maxT)
 
 
+def warn_of_rope(header: Header, context: int):
+    """Where what transformers computes is what the trainer computes under conditions only."""
+    mode, factor = MODES[header.mode], context / header.original
+    if header.family == NEOX and mode == "yarn" and factor != header.scale:
+        same = round(header.original * header.scale)
+        warn(f"releases of transformers about 4.51 take {factor:g}, the context over the original one, for yarn's "
+             f"factor instead of {header.scale:g}; use a later one, or --context {same}")
+    if header.family == NEOX and mode == "dynamic" and context > header.original:
+        warn(f"transformers takes dynamic's frequencies from the length of each sequence, the trainer from the context "
+             f"of the run, so their logits agree at the full {context:,} tokens only")
+
+
 def back(args):
     path = locate(args.source, warn)
     header = read_header(path)
@@ -263,10 +293,7 @@ def back(args):
     dtype = args.dtype or header.dtype
     written = Header(**{**header.__dict__, "dtype": dtype})
     config = hf_config.config_of(written, context, eot, path)
-    factor = context / header.original
-    if header.family == NEOX and hf_config.MODES[header.mode] == "yarn" and factor != header.scale:
-        warn(f"releases of transformers about 4.51 take {factor:g}, the context over the original one, for yarn's factor "
-             f"instead of {header.scale:g}; use a later one, or --context {round(header.original * header.scale)}")
+    warn_of_rope(header, context)
     with contextlib.ExitStack() as stack:
         handle = os.open(path, os.O_RDONLY)
         stack.callback(os.close, handle)
@@ -281,7 +308,7 @@ def back(args):
             offset += part.count() * ITEM_BYTES[header.dtype]
         hf_directory.write(staged.create, config, entries, dtype, args.shard_size)
         if tokenizer:
-            with staged.create("tokenizer.json") as file:
+            with staged.create(hf_directory.TOKENIZER) as file:
                 file.write(tokenizer.text.encode())
         staged.commit()
     say(args.back, written, sum(int(np.prod(entry.shape)) for entry in entries) * ITEM_BYTES[dtype])
@@ -354,7 +381,9 @@ def parser() -> argparse.ArgumentParser:
         help="with --to a HuggingFace directory of GPT-2 or GPT-NeoX (Pythia); with --back a weights file, llm.c's "
         "too, a checkpoint folder, or a run folder, of which the newest whole checkpoint is taken",
     )
-    options.add_argument("--to", metavar="FILE.bin", help="write a weights file, or with --tokenizer a tokenizer binary")
+    options.add_argument(
+        "--to", metavar="FILE.bin", help="write a weights file, or with --tokenizer a tokenizer binary"
+    )
     options.add_argument("--back", metavar="DIR", help="write a HuggingFace directory")
     options.add_argument(
         "--dtype",
@@ -385,7 +414,11 @@ def parser() -> argparse.ArgumentParser:
         default=size("5GB"),
         help="with --back: weights above it are split into files of at most this size, with an index (5GB)",
     )
-    options.add_argument("--force", action="store_true", help="replace what has the name of the output")
+    options.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what has the name of the output, but no folder that holds more than an export does",
+    )
     return options
 
 

@@ -3,8 +3,8 @@
 
     scripts/download_hf.py openai-community/gpt2 models/gpt2
 
-What is there already is kept, and an interrupted file is continued. Exit codes: 0 done, 1 the hub or the network failed,
-2 bad options.
+What is there already is kept, and an interrupted file is continued. Exit codes: 0 done, 1 the hub or the network
+failed, 2 bad options.
 """
 
 import argparse

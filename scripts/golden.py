@@ -246,5 +246,6 @@ def main(name, doc, family, configs, training):
 
     for file, c in configs.items():
         write(file, {"config": c, **golden(family, c)})
-    curves = {p: train(family, training, OPTIMIZER, dtype) for p, dtype in (("fp64", torch.float64), ("fp32", torch.float32))}
+    dtypes = {"fp64": torch.float64, "fp32": torch.float32}
+    curves = {p: train(family, training, OPTIMIZER, dtype) for p, dtype in dtypes.items()}
     write(f"{name}_training", {"config": training, "optimizer": OPTIMIZER, **curves})

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes test/golden/rope.json from transformers: frequencies of every way to stretch rotary positions, and rows rotated.
+"""Makes test/golden/rope.json from transformers: frequencies of every way to stretch rotary positions, rows rotated.
 
     python -m venv VENV && VENV/bin/pip install -r dev/requirements-golden.txt
     VENV/bin/python scripts/golden_rope.py            # rewrites test/golden/rope.json

@@ -21,7 +21,7 @@ import dataclasses
 import math
 from typing import Any, Optional
 
-from weights_file import GELU_ERF, GELU_TANH, GPT2, INT_MAX, MODES, NEOX, Header, InputError, check, padded
+from weights_file import GELU_ERF, GELU_TANH, GPT2, INT_MAX, MODES, MOST_BASE, NEOX, Header, InputError, check, padded
 
 TANH_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 ERF_NAMES = ("gelu", "gelu_python")
@@ -242,6 +242,8 @@ def config_of(header: Header, context: int, eot: Optional[int], path: str) -> di
             "the rotated dimensions, so an exported model would compute something else"
         )
     share, base = rotary_share(header.dims, header.C // header.H), header.stretched_base()
+    if base > MOST_BASE:  # transformers computes with it in float32
+        raise InputError(f"{path}: ntk's stretched base is {base:g}; config.json can have at most {MOST_BASE:g}")
     kind = "default" if mode in ("none", "ntk") else mode
     scaling: dict[str, Any] = {}
     if kind != "default":  # 4.36 wants exactly these two keys, and the factor as a float

@@ -7,6 +7,7 @@ for numpy the library knows no bf16, and it writes only what is in memory as a w
 import json
 import math
 import os
+import re
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from weights_file import ITEM_BYTES, InputError
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SAFE_NAME = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 DTYPE = {safe: dtype for dtype, safe in SAFE_NAME.items()}
+TOKENIZER = "tokenizer.json"
+# Names that an export has, and no others.
+OURS = re.compile(r"(config|tokenizer)\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
 OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 

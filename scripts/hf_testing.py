@@ -39,8 +39,8 @@ NEOX_LAYER = [
     ("input_layernorm.weight", (C,)), ("input_layernorm.bias", (C,)),
     ("attention.query_key_value.weight", (3 * C, C)), ("attention.query_key_value.bias", (3 * C,)),
     ("attention.dense.weight", (C, C)), ("attention.dense.bias", (C,)), ("post_attention_layernorm.weight", (C,)),
-    ("post_attention_layernorm.bias", (C,)), ("mlp.dense_h_to_4h.weight", (4 * C, C)), ("mlp.dense_h_to_4h.bias", (4 * C,)),
-    ("mlp.dense_4h_to_h.weight", (C, 4 * C)), ("mlp.dense_4h_to_h.bias", (C,)),
+    ("post_attention_layernorm.bias", (C,)), ("mlp.dense_h_to_4h.weight", (4 * C, C)),
+    ("mlp.dense_h_to_4h.bias", (4 * C,)), ("mlp.dense_4h_to_h.weight", (C, 4 * C)), ("mlp.dense_4h_to_h.bias", (C,)),
 ]
 
 
@@ -82,14 +82,15 @@ def write_safetensors(path, tensors, kinds):
 
 
 def read_safetensors(folder):
-    """{name: (dtype, shape, bytes)} of all shards, by the library for what it knows of bf16 and by hand for the bytes."""
+    """{name: (dtype, shape, bytes)} of all shards: by the library what it knows of bf16, and by hand the bytes."""
     from safetensors import safe_open
 
     made = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
             assert file.metadata() == {"format": "pt"}
-            about = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            about = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
         data = path.read_bytes()
         length = struct.unpack("<Q", data[:8])[0]
         assert length % 8 == 0

@@ -1,8 +1,19 @@
-# What the recipes for long context share; they source it. Settings come from the environment, with defaults: RUN, MODEL,
-# TEXT, TOKENS, CONTEXT, SHORT, TOKENS_PER_STEP, STEPS, LR, WARMUP, VAL_TOKENS, TRAINER, OPTIONS. DRY=1 says each command
-# and runs none.
+# What the recipes for long context share; they source it before anything else. Settings come from the environment:
+# RUN, MODEL, TEXT, TOKENS, CONTEXT, SHORT, TOKENS_PER_STEP, STEPS, LR, WARMUP, VAL_TOKENS, TRAINER, DEPS; the recipes
+# have the defaults. OPTIONS are more options of the trainer, words apart, and go to training alone, never to the
+# evaluations. DRY=1 says each command and runs none. SETUP=0 leaves out dev/setup.sh, for machines without apt: .venv
+# with requirements.txt is then there already, and DEPS is the folder of dev/deps.sh that make takes headers from.
 # shellcheck shell=bash
 set -euo pipefail
+
+# Paths that were given are the caller's, whose folder this is still; those of the defaults are in the checkout. A
+# TRAINER without a slash may be a program on the PATH.
+for setting in RUN MODEL TEXT TOKENS TRAINER DEPS; do
+    given=${!setting:-}
+    if [[ -n $given && ($setting != TRAINER || $given == */* || -e $given) ]]; then
+        printf -v "$setting" %s "$(realpath -ms -- "$given")"
+    fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=.venv/bin/python
 
@@ -23,34 +34,66 @@ make_once() {
     if [[ -e $product ]]; then echo "  $product is there"; else step "$@"; fi
 }
 
+# Refuses to go on if one of the products $3 and on is there, and its $1 was another one than $2 then.
+made_from() {
+    local what=$1 now=$2 was product
+    shift 2
+    was=$(sed -n "s/^$what //p" "$STAMP")
+    for product in "$@"; do
+        if [[ -e $product && $was != "$now" ]]; then
+            echo "$(basename "$0"): $product is of the $what $was, not of $now; choose another RUN" >&2
+            exit 2
+        fi
+    done
+}
+
+# What is made once is found by the name of RUN alone, so what it was made from is written down beside it. $1: the
+# model.
+remember() {
+    local text=${TEXT:-the Pile}
+    STAMP=${RUN}_recipe.txt
+    if [[ -e $STAMP ]]; then
+        made_from model "$1" "$WEIGHTS" "$TOKENS/dataset.json" "$RUN"
+        made_from text "$text" "$TOKENS/dataset.json" "$RUN"
+    fi
+    if [[ -z ${DRY:-} ]]; then
+        mkdir -p "$(dirname "$RUN")"
+        printf 'model %s\ntext %s\n' "$1" "$text" >"$STAMP.part"
+        mv "$STAMP.part" "$STAMP"
+    fi
+}
+
 # Programs, the model's HuggingFace directory and its weights file $WEIGHTS. $1: the model's name on the hub.
 prepare_model() {
-    title "programs"
-    step dev/setup.sh tools
-    [[ -n ${TRAINER:-} ]] || step make
-    title "$1"
-    local name=${1##*/}
-    if [[ -z ${MODEL:-} ]]; then
-        MODEL=models/$name
-        step "$PYTHON" scripts/download_hf.py "$1" "$MODEL"
-    fi
     WEIGHTS=${RUN}_start.bin
-    step mkdir -p "$(dirname "$RUN")"
+    TOKENS=${TOKENS:-${RUN}_tokens}
+    remember "${MODEL:-$1}"
+    title "programs"
+    [[ ${SETUP:-1} == 0 ]] || step dev/setup.sh tools
+    [[ -n ${TRAINER:-} ]] || step make ${DEPS:+"DEPS=$DEPS"}
+    title "$1"
+    if [[ -z ${MODEL:-} ]]; then
+        MODEL=models/$1
+        # Without asking the hub, which would list the model's files: a run goes on where there is no network too.
+        if [[ -e $WEIGHTS && -e $MODEL/tokenizer.json ]]; then
+            echo "  $MODEL is there"
+        else
+            step "$PYTHON" scripts/download_hf.py "$1" "$MODEL"
+        fi
+    fi
     make_once "$WEIGHTS" "$PYTHON" scripts/convert_hf.py "$MODEL" --to "$WEIGHTS"
 }
 
 # Shards in $TOKENS, with the model's own tokenizer: of TEXT if that is given, else of the Pile's first files.
 prepare_tokens() {
     title "tokens"
-    TOKENS=${TOKENS:-${RUN}_tokens}
-    if [[ -n ${TEXT:-} ]]; then
-        make_once "$TOKENS/dataset.json" "$PYTHON" data/prepare.py "$TEXT" --tokenizer "$MODEL/tokenizer.json" \
-            --out "$TOKENS"
-    else
-        step "$PYTHON" -m pip install --quiet pyarrow
-        make_once "$TOKENS/dataset.json" "$PYTHON" data/prepare.py --recipe pile --recipe-files 4 \
-            --tokenizer "$MODEL/tokenizer.json" --out "$TOKENS"
+    local from=("${TEXT:-}")
+    if [[ -z ${TEXT:-} ]]; then
+        from=(--recipe pile --recipe-files 4)
+        [[ -e $TOKENS/dataset.json ]] || step "$PYTHON" -m pip install --quiet pyarrow
     fi
+    make_once "$TOKENS/dataset.json" "$PYTHON" data/prepare.py "${from[@]}" --tokenizer "$MODEL/tokenizer.json" \
+        --out "$TOKENS"
 }
 
 # val_loss of weights $1 at context $2, further options behind.
@@ -61,13 +104,13 @@ evaluate() {
         --context "$context" "$@"
 }
 
-# Trains, or goes on where an earlier start of the recipe stopped. OPTIONS: more options, words apart.
+# Trains, or goes on where an earlier start of the recipe stopped.
 train() {
-    # shellcheck disable=SC2086
+    # shellcheck disable=SC2086,SC2153
     step "$TRAINER" --init "$WEIGHTS" --tokenizer "$TOKENS/tokenizer.bin" --train "$TOKENS/train_*.bin" \
         --val "$TOKENS/val_*.bin" --val-tokens "$VAL_TOKENS" --context "$CONTEXT" --batch 1 \
-        --tokens-per-step "$TOKENS_PER_STEP" --steps "$STEPS" --lr "$LR" --warmup "$WARMUP" --weight-decay 0.1 --beta1 0.9 --beta2 0.95 \
-        --out "$RUN" --resume "$@" ${OPTIONS:-}
+        --tokens-per-step "$TOKENS_PER_STEP" --steps "$STEPS" --lr "$LR" --warmup "$WARMUP" --weight-decay 0.1 \
+        --beta1 0.9 --beta2 0.95 --out "$RUN" --resume "$@" ${OPTIONS:-}
 }
 
 # The run as a HuggingFace directory, $RUN_hf, with its tokenizer.

@@ -233,18 +233,28 @@ def test_what_config_json_says_of_rope(tmp_path):
     assert dynamic["max_position_embeddings"] == 10 and dynamic["longhand"] == {"context": T}
     yarn = exported(tmp_path, mode=4, scale=4.0, original=10)
     assert yarn["rope_scaling"] == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}
-    assert yarn["rope_parameters"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10, **shared}
+    stretched = {"factor": 4.0, "original_max_position_embeddings": 10}
+    assert yarn["rope_parameters"] == {"rope_type": "yarn", **stretched, **shared}
     assert yarn["max_position_embeddings"] == T
     tanh = exported(tmp_path, gelu=1, parallel=0)
     assert tanh["hidden_act"] == "gelu_new" and tanh["use_parallel_residual"] is False
 
 
 def test_a_yarn_that_some_releases_misread_is_told(tmp_path, capsys):
-    (tmp_path / "model.bin").write_bytes(binary("gpt_neox", model("gpt_neox"), words=t.neox_words(mode=4, scale=3.0, original=10)))
-    assert run(tmp_path / "model.bin", "--back", tmp_path / "hf") == 0
+    exported(tmp_path, mode=4, scale=3.0, original=10)
     told = capsys.readouterr().err
     assert "4, the context over the original one" in told and "instead of 3;" in told and "--context 30" in told
     assert run(tmp_path / "model.bin", "--back", tmp_path / "other", "--context", 30) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dynamic_that_depends_on_the_length_is_told(tmp_path, capsys):
+    exported(tmp_path, mode=3, scale=2.0, original=10)
+    told = capsys.readouterr().err
+    assert f"agree at the full {T} tokens only" in told and told.count("\n") == 1
+    assert run(tmp_path / "model.bin", "--back", tmp_path / "unstretched", "--context", 10) == 0
+    for other in (dict(), dict(mode=1, scale=4.0, original=10), dict(mode=2, scale=4.0, original=10)):
+        exported(tmp_path, **other)
     assert capsys.readouterr().err == ""
 
 
@@ -256,7 +266,8 @@ OLD_AND_NEW = [
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": None}, dict(mode=1, scale=2.0)),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, dict(mode=3, scale=2.0)),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10, "beta_fast": 32.0,
-      "beta_slow": None, "attention_factor": 1.1386294361119891, "truncate": True}}, dict(mode=4, scale=4.0, original=10)),
+      "beta_slow": None, "attention_factor": 1.1386294361119891, "truncate": True}},
+     dict(mode=4, scale=4.0, original=10)),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 10},
      dict(mode=4, scale=4.0, original=10)),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, dict(mode=4, scale=4.0)),
@@ -388,8 +399,9 @@ def test_nothing_half_written_stays(tmp_path, capsys, monkeypatch):
 
         return recode
 
+    commands = [tmp_path / "hf", "--to", tmp_path / "out"], [tmp_path / "model.bin", "--back", tmp_path / "out"]
     for error, says in ((OSError(28, "No space left on device"), "No space left"), (KeyboardInterrupt(), "stopped")):
-        for command in ([tmp_path / "hf", "--to", tmp_path / "out"], [tmp_path / "model.bin", "--back", tmp_path / "out"]):
+        for command in commands:
             calls.clear()
             monkeypatch.setattr(convert_hf, "recode", failing(error))
             assert run(*command) == 1
@@ -419,7 +431,10 @@ def test_existing_outputs_are_replaced_only_with_force(tmp_path, capsys):
     assert (tmp_path / "model.bin").read_bytes() == b"precious"
     assert run(tmp_path / "hf", "--to", tmp_path / "model.bin", "--force") == 0
     assert "--force" in t.refused(capsys, tmp_path / "model.bin", "--back", tmp_path / "hf")
-    (tmp_path / "hf" / "leftover.json").write_text("{}")
+    # All that an export can write is replaced, whatever it then writes itself.
+    ours = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    for name in ours:
+        (tmp_path / "hf" / name).write_text("{}")
     assert run(tmp_path / "model.bin", "--back", tmp_path / "hf", "--force") == 0
     assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors"]
     (tmp_path / "home").mkdir()
@@ -428,6 +443,50 @@ def test_existing_outputs_are_replaced_only_with_force(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "model.bin", "--back", tmp_path / "empty") == 0
     assert read_safetensors(tmp_path / "empty") == raw(tensors, "F32")
+
+
+def test_force_deletes_nothing_but_an_export(tmp_path, capsys, monkeypatch):
+    (tmp_path / "model.bin").write_bytes(binary("gpt2", model("gpt2")))
+    assert run(tmp_path / "model.bin", "--back", tmp_path / "hf") == 0
+    command = [tmp_path / "model.bin", "--back", tmp_path / "hf", "--force"]
+    others = ["README.md", ".git", "model-1-of-2.safetensors", "model.safetensors.old"]
+    for name in others:
+        (tmp_path / "hf" / name).mkdir() if name == ".git" else (tmp_path / "hf" / name).write_text("mine")
+        before = sorted(os.listdir(tmp_path / "hf"))
+        assert f"{tmp_path}/hf: holds {name}, which" in t.refused(capsys, *command)
+        assert sorted(os.listdir(tmp_path / "hf")) == before and not (tmp_path / ".hf.partial").exists()
+        (tmp_path / "hf" / name).rename(tmp_path / name)
+    (tmp_path / "hf" / "tokenizer.json").mkdir()
+    for i in range(7):
+        (tmp_path / "hf" / f"{i}.txt").write_text("mine")
+    assert "holds 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more, which" in t.refused(capsys, *command)
+    # What comes while the tensors are written stays as well.
+    for name in os.listdir(tmp_path / "hf"):
+        (tmp_path / "hf" / name).rename(tmp_path / f"moved_{name}")
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    real = convert_hf.hf_directory.write
+    monkeypatch.setattr(convert_hf.hf_directory, "write",
+                        lambda *arguments: (real(*arguments), (tmp_path / "hf" / "late.txt").write_text("mine")))
+    assert "holds late.txt, which" in t.refused(capsys, *command)
+    assert (tmp_path / "hf" / "late.txt").read_text() == "mine" and not (tmp_path / ".hf.partial").exists()
+
+
+def test_a_link_is_written_through(tmp_path, capsys):
+    tensors = model("gpt2")
+    for name in ("disk", "links"):
+        (tmp_path / name).mkdir()
+    for name in ("file.bin", "folder"):  # at first to where nothing is
+        (tmp_path / "links" / name).symlink_to(tmp_path / "disk" / name)
+    write_directory(tmp_path / "hf", "gpt2", tensors)
+    for options in ([], ["--force"]):
+        assert run(tmp_path / "hf", "--to", tmp_path / "links" / "file.bin", *options) == 0
+        assert run(tmp_path / "disk" / "file.bin", "--back", tmp_path / "links" / "folder", *options) == 0
+        assert (tmp_path / "disk" / "file.bin").read_bytes() == binary("gpt2", tensors)
+        assert read_safetensors(tmp_path / "disk" / "folder") == raw(tensors, "F32")
+        assert all(path.is_symlink() for path in (tmp_path / "links").iterdir())
+        for place in ("disk", "links"):
+            assert sorted(os.listdir(tmp_path / place)) == ["file.bin", "folder"]
+    assert "--force" in t.refused(capsys, tmp_path / "hf", "--to", tmp_path / "links" / "file.bin")
 
 
 MEASURE = """
@@ -439,8 +498,8 @@ def peak():  # kB; getrusage would count the process that started this one too
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 base = peak()
-for command in (["hf", "--to", "model.bin"], ["model.bin", "--back", "back", "--dtype", "fp16", "--shard-size", "200MB"]):
-    assert convert_hf.main(command) == 0
+for command in ("hf --to model.bin", "model.bin --back back --dtype fp16 --shard-size 200MB"):
+    assert convert_hf.main(command.split()) == 0
 print(peak() - base)
 """
 
@@ -470,7 +529,8 @@ def test_memory_does_not_grow_with_the_model(family, tmp_path, monkeypatch):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)  # zeros, which the disk need not hold
     assert end > 400e6
-    done = subprocess.run([sys.executable, "-c", MEASURE, HERE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    measure = [sys.executable, "-c", MEASURE, HERE]
+    done = subprocess.run(measure, cwd=tmp_path, capture_output=True, text=True, check=True)
     kilobytes = int(done.stdout.split()[-1])
     assert kilobytes < 150_000, f"{kilobytes / 1000:.0f} MB above the interpreter"
     print(f"{family}: {end / 1e6:.0f} MB converted with {kilobytes / 1000:.0f} MB above the interpreter")

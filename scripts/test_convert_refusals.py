@@ -167,7 +167,7 @@ CONFIGS = {
         ({"rotary_pct": 1e308}, "rotated share"),
         ({"rotary_emb_base": 10**400}, "rotary base"),
         ({"rotary_pct": "half"}, "rotated share"),
-        ({"rotary_emb_base": 0.5}, "rotary base"),
+        *[({"rotary_emb_base": base}, "rotary base") for base in (0.5, 1, 1.0000001e30)],
         ({"rotary_emb_base": float("inf")}, "rotary base"),
         ({"rope_theta": 5.0}, "10000 as rotary_emb_base and 5.0 as rope_theta"),
         ({"rope_scaling": [4]}, "rope_scaling"),
@@ -175,7 +175,7 @@ CONFIGS = {
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "llama3"),
         ({"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "rope_parameters.factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope factor is missing"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rotary scale"),
+        *[({"rope_parameters": {"rope_type": "linear", "factor": scale}}, "rotary scale") for scale in (0.5, 2e12)],
         ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "beta_fast": 32}}, "beta_fast"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
@@ -207,9 +207,10 @@ def test_directories_that_are_not_whole(tmp_path, capsys):
     good = single.read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     header = json.loads(good[8 : 8 + length])
-    twice = json.dumps(header)[:-1] + ', "transformer.wte.weight": ' + json.dumps(header["transformer.wte.weight"]) + "}"
-    for data in (b"", good[:5], good[:-1], good + b"x", b"\xff" * 8 + good[8:], good[:8] + b"{" * length + good[8 + length :],
-                 struct.pack("<Q", len(twice)) + twice.encode() + good[8 + length :]):
+    wte, rest = "transformer.wte.weight", good[8 + length :]
+    twice = json.dumps(header)[:-1] + f', "{wte}": {json.dumps(header[wte])}}}'
+    for data in (b"", good[:5], good[:-1], good + b"x", b"\xff" * 8 + good[8:], good[:8] + b"{" * length + rest,
+                 struct.pack("<Q", len(twice)) + twice.encode() + rest):
         single.write_bytes(data)
         assert "model.safetensors" in refused_as_it_is(capsys, tmp_path)
     single.unlink()
@@ -245,6 +246,11 @@ def test_directories_that_are_not_whole(tmp_path, capsys):
     assert "config.json: cannot be read" in refused_as_it_is(capsys, tmp_path)
 
 
+# The trainer's limits (runtime/rope.cpp), in every mode.
+BAD_BASES = [0.5, 1.0, 1.0000001e30, float("inf"), float("nan"), -10000.0]
+BAD_SCALES = [0.9999999, 1.0000001e12, float("inf"), float("nan"), -2.0]
+
+
 def changed(data, at, value, form="<i"):
     return data[: 4 * at] + struct.pack(form, value) + data[4 * at + struct.calcsize(form) :]
 
@@ -261,6 +267,7 @@ def test_weights_files_that_are_not_whole(tmp_path, capsys):
         (changed(gpt2, 1, 4), "version 4"),
         (changed(gpt2, 8, 2), "tied positions 2"),
         (changed(gpt2, 8, 1), "tied positions 1 with context 0"),
+        (changed(changed(gpt2, 8, 1), 9, -1), "tied positions 1 with context -1"),
         *[(changed(gpt2, at, 0), "is 0") for at in (2, 3, 4, 5, 6)],
         (changed(gpt2, 3, 257), "257 tokens"),
         (changed(gpt2, 5, 5), "5 heads"),
@@ -274,17 +281,25 @@ def test_weights_files_that_are_not_whole(tmp_path, capsys):
         (changed(neox, 11, 5), "rotary mode 5"),
         (changed(neox, 12, 2), "softmax_temperature is 2"),
         (changed(neox, 13, 0), "original context is 0"),
-        (changed(neox, 14, 0.5, "<d"), "base is 0.5"),
-        (changed(neox, 14, float("nan"), "<d"), "base is nan"),
-        (changed(neox, 16, float("inf"), "<d"), "scale is inf"),
+        *[(changed(neox, 14, base, "<d"), f"base is {base}, not above 1") for base in BAD_BASES],
+        *[(changed(neox, 16, scale, "<d"), f"scale is {scale}, not from 1") for scale in BAD_SCALES],
         (changed(changed(neox, 11, 2), 8, 2), "rope ntk"),
-        (changed(changed(changed(neox, 11, 2), 14, 1e300, "<d"), 16, 1e300, "<d"), "not finite"),
+        (changed(changed(neox, 11, 3), 8, 2), "rope dynamic"),
+        (changed(changed(changed(neox, 11, 2), 14, 1e20, "<d"), 16, 1e8, "<d"), "stretched base is 1e+32"),
         (yarn, "temperature on the softmax"),
     ]
     for data, says in cases:
         (tmp_path / "model.bin").write_bytes(data)
         error = refused(capsys, tmp_path / "model.bin", "--back", tmp_path / "hf")
         assert says in error and "model.bin" in error and os.listdir(tmp_path) == ["model.bin"]
+
+
+def test_the_outermost_rotary_values_are_taken(tmp_path):
+    for words in (dict(base=1.0000001), dict(base=1e30), dict(mode=1, scale=1e12), dict(mode=4, scale=1.0)):
+        (tmp_path / "model.bin").write_bytes(binary("gpt_neox", model("gpt_neox"), words=t.neox_words(**words)))
+        assert t.run(tmp_path / "model.bin", "--back", tmp_path / "hf", "--force") == 0
+        assert t.run(tmp_path / "hf", "--to", tmp_path / "again.bin", "--force") == 0
+        assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
 
 
 def test_a_table_of_positions_has_its_length(tmp_path, capsys):
@@ -326,7 +341,8 @@ def test_tokenizers_that_are_not_ours(tmp_path, capsys):
     before = sorted(os.listdir(tmp_path))
     for name in ("list.json", "wordpiece.json", "none.json"):
         assert name in refused(capsys, "--tokenizer", tmp_path / name, "--to", tmp_path / "tokenizer.bin")
-        assert name in refused(capsys, tmp_path / "model.bin", "--back", tmp_path / "hf", "--tokenizer", tmp_path / name)
+        back = [tmp_path / "model.bin", "--back", tmp_path / "hf"]
+        assert name in refused(capsys, *back, "--tokenizer", tmp_path / name)
         assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -368,7 +384,7 @@ def test_the_exit_code_and_help_of_the_program():
     """Every option is in the help, and the program's own code is main's."""
     program = [sys.executable, os.path.join(HERE, "convert_hf.py")]
     done = subprocess.run([*program, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
+    assert done.returncode == 0 and "dynamic" in done.stdout
     for action in convert_hf.parser()._actions:
         for option in action.option_strings:
             assert re.search(rf"^  .*{option}\b", done.stdout, re.MULTILINE), option

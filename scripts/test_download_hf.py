@@ -21,7 +21,9 @@ SHARDS = {
     "model-00001-of-00002.safetensors": b"one",
     "model-00002-of-00002.safetensors": b"two",
     "model.safetensors.index.json": json.dumps({"weight_map": {
-        "a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors", "c": "model-00001-of-00002.safetensors",
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+        "c": "model-00001-of-00002.safetensors",
     }}).encode(),
 }
 
@@ -75,7 +77,9 @@ def test_a_model_comes_whole_and_once(hub, monkeypatch, tmp_path, name, files):
     assert len(hub) == before + 1  # the listing alone
 
 
-@pytest.mark.parametrize("name, said", [("x/bare", "x/bare has no tokenizer.json, model.safetensors"), ("x/none", "cannot reach")])
+@pytest.mark.parametrize(
+    "name, said", [("x/bare", "x/bare has no tokenizer.json, model.safetensors"), ("x/none", "cannot reach")]
+)
 def test_what_cannot_be_had_is_said_in_one_line(hub, monkeypatch, tmp_path, capsys, name, said):
     assert run(monkeypatch, name, tmp_path / "model") == 1
     printed = capsys.readouterr().err

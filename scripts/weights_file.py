@@ -21,6 +21,7 @@ MODES = ("none", "linear", "ntk", "dynamic", "yarn")
 GELU_TANH, GELU_ERF = 1, 2
 VOCAB_MULTIPLE = 128  # rows of a token table are padded to it
 INT_MAX = 2**31 - 1
+MOST_BASE, MOST_SCALE = 1e30, 1e12  # rotary, the trainer's limits too (runtime/rope.cpp)
 WORDS = struct.Struct("<14i2d")  # all that a header says; the rest is zero
 STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.old")  # .old: whole, and about to be replaced (runtime/checkpoint.h)
 
@@ -92,13 +93,8 @@ class Header:
         return sum(math.prod(part.hf_shape if part.padded else part.shape) for part in self.parts())
 
     def stretched_base(self) -> float:
-        """The rotary base that transformers' plain rotation needs to turn as ntk does; Inf where it is too large."""
-        if MODES[self.mode] != "ntk":
-            return self.base
-        try:
-            return self.base * self.scale ** (self.dims / (self.dims - 2))
-        except OverflowError:
-            return math.inf
+        """The rotary base that transformers' plain rotation needs to turn as ntk does."""
+        return self.base * self.scale ** (self.dims / (self.dims - 2)) if MODES[self.mode] == "ntk" else self.base
 
     def bytes(self) -> int:
         return HEADER_BYTES + ITEM_BYTES[self.dtype] * sum(part.count() for part in self.parts())
@@ -166,10 +162,10 @@ def check(header: Header, where: str):
     D = header.C // header.H
     if header.dims % 2 or not 0 <= header.dims <= D:
         raise InputError(f"{where}: {header.dims} rotated dimensions of {D}; an even number, at most all, is needed")
-    for name in ("base", "scale"):
-        value = getattr(header, name)
-        if not 1 <= value < math.inf:
-            raise InputError(f"{where}: the rotary {name} is {value}, not a finite number of at least 1")
+    if not 1 < header.base <= MOST_BASE:
+        raise InputError(f"{where}: the rotary base is {header.base}, not above 1 and at most {MOST_BASE:g}")
+    if not 1 <= header.scale <= MOST_SCALE:
+        raise InputError(f"{where}: the rotary scale is {header.scale}, not from 1 to {MOST_SCALE:g}")
     if not 1 <= header.original <= INT_MAX:
         raise InputError(f"{where}: the original context is {header.original}, not from 1 to {INT_MAX}")
     if not 0 <= header.mode < len(MODES):
@@ -181,10 +177,6 @@ def check(header: Header, where: str):
             raise InputError(f"{where}: the flag {name} is {getattr(header, name)}, neither 0 nor 1")
     if MODES[header.mode] in ("ntk", "dynamic") and header.dims == 2:
         raise InputError(f"{where}: rope {MODES[header.mode]} has no exponent d/(d-2) for 2 rotated dimensions")
-    if header.stretched_base() == math.inf:
-        raise InputError(f"{where}: ntk's stretched base is not finite")
-    if MODES[header.mode] == "yarn" and header.base == 1:
-        raise InputError(f"{where}: rope yarn needs a base above 1")
 
 
 def read_header(path: str) -> Header:
@@ -257,4 +249,5 @@ def locate(path: str, warn: Callable[[str], None]) -> str:
             warn(f"{error}; the checkpoint before it is taken")
     if not steps and os.path.exists(os.path.join(path, "config.json")):
         raise InputError(f"{path}: is a HuggingFace directory; convert it with --to FILE.bin")
-    raise InputError(f"{path}: {'no whole checkpoint' if steps else 'neither a run nor a checkpoint'} is in this folder")
+    found = "no whole checkpoint" if steps else "neither a run nor a checkpoint"
+    raise InputError(f"{path}: {found} is in this folder")

@@ -4,8 +4,8 @@ turns on the same threads and from the same weights.
 
     VENV/bin/python dev/bench/pythia_torch.py [--size 70m --size 160m] [--context 2048] [--turns 3] [--build build/cpu]
 
-VENV holds dev/requirements-golden.txt. A line for each size and build: the ratio, and what percent of the matmul rate of
-the same run our step reached. The losses on the same tokens are compared first: both must do the same work.
+VENV holds dev/requirements-golden.txt. A line for each size and build: the ratio, and what percent of the matmul rate
+of the same run our step reached. The losses on the same tokens are compared first: both must do the same work.
 """
 import functools
 import pathlib

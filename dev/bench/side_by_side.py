@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What vs_llmc.sh, vs_torch.py and pythia_torch.py share: one job, its input files, our trainer as a subprocess, and the ratio lines.
+"""What vs_llmc.sh, vs_torch.py and pythia_torch.py share: one job, its input files, our trainer as a subprocess, and
+the ratio lines.
 
 The job is one optimizer step of GPT-2 124M at B=4 T=64 on random weights and tokens (fixed seeds). The programs take
 turns, so that a machine that slows down slows them all. Run directly, it measures a built llm.c:

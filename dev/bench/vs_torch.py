@@ -83,7 +83,8 @@ def compare_steps(args):
                 theirs = times[f"PyTorch {kind}"]
                 if f"ours {precision}" in times:
                     mine = times[f"ours {precision}"]
-                    line = job.ratio_line(f"{precision} step", f"PyTorch {kind}", mine, theirs, args.threads, args.turns)
+                    other = f"PyTorch {kind}"
+                    line = job.ratio_line(f"{precision} step", other, mine, theirs, args.threads, args.turns)
                 else:
                     line = f"PyTorch {kind} step: median {statistics.median(theirs):.0f} ms, best {min(theirs):.0f} ms"
                 lines.append(line)
