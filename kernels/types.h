@@ -34,8 +34,8 @@ LONGHAND_HD inline bf16 to_bf16(float x) {
 LONGHAND_HD inline void assign(float& to, float from) { to = from; }
 LONGHAND_HD inline void assign(bf16& to, float from) { to = to_bf16(from); }
 
-// `real` is the type of weights, activations and activation gradients. Parameter gradients, optimizer states,
-// statistics and losses are float in every build.
+// `real` is the type of weights, activations and activation gradients. Statistics and losses are float in every build;
+// so are parameter gradients and optimizer states, unless a run asks for less.
 #if PRECISION_BF16
 using real = bf16;
 constexpr const char* kPrecision = "bf16";

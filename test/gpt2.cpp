@@ -41,3 +41,52 @@ TEST_CASE("named sizes have the published parameter counts") {
         CHECK(gpt2_tensors(c).count() - (c.Vp - c.V) * c.C == count);
     }
 }
+
+TEST_CASE("gradients in bf16") {
+    auto narrow = [](const golden::Config& c, int64_t B, bool training) {
+        TrainingMemory memory;
+        memory.bf16_grads = true;
+        Gpt2Config config{{c.maxT, c.V, c.Vp, c.L, c.H, c.C}};
+        return std::make_unique<Gpt2>(trainer::device(), config, B, c.T, training, memory);
+    };
+    trainer::check_narrow_gradients(make, narrow, {7, 2, 64, 2, 29, 128, 11, 3, 9});
+}
+
+TEST_CASE("bytes of the optimizer's states") {
+    Options options;
+    options.model = "124M";
+    Gpt2Config c = config_from_options(options);
+    Tensors t = gpt2_tensors(c);
+    auto bytes_each = [&](Rule rule, StateType type, bool embeddings) {
+        t.memory.rule = rule, t.memory.state = type, t.memory.int8_embeddings = embeddings;
+        return double(t.states_bytes()) / t.count();
+    };
+    CHECK(bytes_each(Rule::adamw, StateType::fp32, false) == doctest::Approx(8).epsilon(1e-4));
+    CHECK(bytes_each(Rule::adamw, StateType::bf16, false) == doctest::Approx(4).epsilon(1e-4));
+    // 2 + 8/256, and vectors at 8.
+    CHECK(bytes_each(Rule::adamw, StateType::int8, true) == doctest::Approx(2.036).epsilon(1e-3));
+    CHECK(bytes_each(Rule::lion, StateType::int8, true) == doctest::Approx(1.018).epsilon(1e-3));
+    const double tables = double(t.list[wte].count + t.list[wpe].count) / t.count();
+    CHECK(bytes_each(Rule::adamw, StateType::int8, false) ==
+          doctest::Approx(8 * tables + 2.036 * (1 - tables)).epsilon(1e-3));
+    for (const Tensor& tensor : t.list)
+        CHECK((t.state_type(tensor) == StateType::int8) == (tensor.kind == TensorKind::matrix));
+
+    // What is planned is what a model has: parts of 256 bytes, one behind the other.
+    Gpt2Config small{{16, 61, 128, 2, 2, 64}};
+    TrainingMemory memory;
+    memory.state = StateType::int8, memory.bf16_grads = true;
+    Gpt2 model(trainer::device(), small, 1, 16, true, memory);
+    char* at = model.tensors().states;
+    for (const Tensor& tensor : model.tensors().list) {
+        const bool coded = tensor.states.type == StateType::int8;
+        const int64_t each = (tensor.count * (coded ? 1 : 4) + 255) / 256 * 256;
+        CHECK(tensor.states.m == at);
+        CHECK(tensor.states.v == at + each);
+        at += 2 * each;
+        if (!coded) continue;
+        CHECK(static_cast<void*>(tensor.states.m_absmax) == at);
+        at += 2 * ((absmax_count(tensor.count) * 4 + 255) / 256 * 256);
+    }
+    CHECK(size_t(at - model.tensors().states) == model.tensors().states_bytes());
+}

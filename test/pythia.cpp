@@ -60,6 +60,16 @@ TEST_CASE("micro-batches add up to the batch, and a step repeats bit for bit") {
     trainer::check_repetition(make, c);
 }
 
+TEST_CASE("gradients in bf16") {
+    auto narrow = [](const golden::Config& c, int64_t B, bool training) {
+        TrainingMemory memory;
+        memory.bf16_grads = true;
+        PythiaConfig config{{c.maxT, c.V, c.Vp, c.L, c.H, c.C}, c.parallel, c.gelu, c.rope};
+        return std::make_unique<Pythia>(trainer::device(), config, B, c.T, training, memory);
+    };
+    trainer::check_narrow_gradients(make, narrow, small(7, 29, 3, 9));
+}
+
 TEST_CASE("named sizes have the published parameter counts") {
     struct {
         const char* name;

@@ -178,4 +178,42 @@ inline void check_repetition(const Make& make, const golden::Config& c) {
     CHECK(std::abs(inference->loss() - loss) <= 4 * kRealEpsilon * loss);
 }
 
+// Gradients kept in bf16 are the float ones, each micro-batch's sum rounded by chance; with the same step the same
+// bits, with another step another noise. `narrow` makes the model that keeps them.
+inline void check_narrow_gradients(const Make& make, const Make& narrow, const golden::Config& c) {
+    const golden::Batch batch = golden::batch(c);
+    auto gradients = [&](Model& model, int64_t step) {
+        model.begin_step(step);
+        for (int64_t b = 0; b < c.B; b++)
+            model.accumulate(&batch.tokens[b * c.T], &batch.targets[b * c.T], 1, 1.0 / batch.tokens.size());
+        std::vector<std::vector<float>> all;
+        for (const Tensor& tensor : model.tensors().list) {
+            if (tensor.grad) {
+                all.push_back(gradient(tensor));
+                continue;
+            }
+            std::vector<bf16> host(tensor.count);
+            download(device(), host.data(), tensor.grad_bf16, host.size() * sizeof(bf16));
+            all.emplace_back();
+            for (bf16 g : host) all.back().push_back(to_float(g));
+        }
+        return all;
+    };
+    std::unique_ptr<Model> wide = made(make, c, 1), rounded = made(narrow, c, 1);
+    const auto want = gradients(*wide, 3), got = gradients(*rounded, 3), again = gradients(*rounded, 3),
+               other = gradients(*rounded, 4);
+    bool differs = false;
+    for (size_t i = 0; i < want.size(); i++) {
+        // Each addition may be off by a whole step of bf16, 2^-7 of the sum so far: one a micro-batch, two for a table
+        // that both ends of the model use.
+        check_close(wide->tensors().list[i].name.c_str(), got[i], to_double(want[i]), 2 * c.B * 0x1p-7);
+        CHECK(check::same_bits(got[i], again[i]));
+        differs = differs || !check::same_bits(got[i], other[i]);
+    }
+    CHECK(differs);
+    // The norm that clips, and the update, take them as they are.
+    wide->measure_gradients(1), rounded->measure_gradients(1);
+    CHECK(std::abs(rounded->grad_norm() / wide->grad_norm() - 1) < 0x1p-7);
+}
+
 } // namespace trainer
