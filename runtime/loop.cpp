@@ -76,7 +76,10 @@ public:
     std::string decode(const std::vector<int32_t>& ids) const {
         if (tokenizer_) return valid_utf8(tokenizer_->decode(ids));
         std::string text;
-        for (int32_t id : ids) text += (text.empty() ? "" : " ") + std::to_string(id);
+        for (int32_t id : ids) {
+            if (!text.empty()) text += ' ';
+            text += std::to_string(id);
+        }
         return text;
     }
     // What a sample without a prompt starts from: end of text, which stands before every document.

@@ -158,7 +158,7 @@ TEST_CASE("tied positions are a tiled table whose copies share their gradient") 
     double losses[2];
     for (bool tie : {false, true}) {
         auto model = open(path, options_for(tie ? "tied" : "tile", kLong), 3);
-        model->clear(false);
+        model->clear_loss();
         model->evaluate(rows.data(), rows.data() + 1, 3, 1.0 / (3 * kLong));
         losses[tie] = model->loss();
     }
