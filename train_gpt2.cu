@@ -303,7 +303,6 @@ void Gpt2::backward(int64_t B) {
     fill_zero(device_, d_.x, N * C * sizeof(real));
     layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), dlnf_, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
                        scratch_, N, C);
-    gradients_done({lnfw, lnfb});
     for (int64_t l = c_.L - 1; l >= 0; l--) {
         const real* x = l ? at(a_.x2, l - 1, C) : a_.x0; // the block's input
 
@@ -329,7 +328,6 @@ void Gpt2::backward(int64_t B) {
         layer_done(l);
     }
     embedding_backward(s, dw(wte), dw(wpe), d_.x, tokens_, scratch_, embedding_shape(B, 0, T));
-    gradients_done({wte, wpe});
 }
 
 Cost Gpt2::step_cost(int64_t B) const {

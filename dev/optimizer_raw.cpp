@@ -1,9 +1,10 @@
 // One optimizer step over arrays in a file, for scripts that compare it with others: scripts/check_bitsandbytes.py
 // builds and runs it.
 //
-//   optimizer_raw FILE     reads and overwrites FILE: Head, then float weights (n), float gradients (n), codes of m
-//   (n),
-//                          codes of v (n), float absmax of m (blocks), of v (blocks)
+//   optimizer_raw FILE
+//
+// reads and overwrites FILE: Head, then float weights (n), float gradients (n), codes of m (n), codes of v (n), float
+// absmax of m (blocks), of v (blocks).
 #include "../kernels/optimizer.h"
 
 #include <cstdio>

@@ -48,6 +48,12 @@ void global_norm(Stream, float* norm, const float* grads, void* scratch, int64_t
 }
 void global_norm(Stream, float* norm, const bf16* grads, void* scratch, int64_t n) { norm_of(norm, grads, scratch, n); }
 
+void combine_norms(Stream, float* norm, const float* norms, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += double(norms[i]) * norms[i];
+    *norm = float(std::sqrt(sum));
+}
+
 void clip_scale(Stream, float* scale, const float* norm, const double* loss, float clip) {
     if (!std::isfinite(*norm) || !std::isfinite(*loss))
         *scale = NAN;

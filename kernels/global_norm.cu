@@ -58,6 +58,15 @@ __global__ void __launch_bounds__(kThreads) root_of_sum(float* norm, const doubl
     if (threadIdx.x == 0) store_global(norm, static_cast<float>(sqrt(sum)));
 }
 
+__global__ void root_of_squares(float* norm, const float* norms, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double x = load_global(norms + i);
+        sum += x * x;
+    }
+    store_global(norm, static_cast<float>(sqrt(sum)));
+}
+
 __global__ void choose_scale(float* scale, const float* norm, const double* loss, float clip) {
     const float x = load_global(norm);
     const bool finite = isfinite(x) && isfinite(load_global(loss));
@@ -84,6 +93,10 @@ void global_norm(Stream stream, float* norm, const float* grads, void* scratch, 
 }
 void global_norm(Stream stream, float* norm, const bf16* grads, void* scratch, int64_t n) {
     norm_of(stream, norm, grads, scratch, n);
+}
+
+void combine_norms(Stream stream, float* norm, const float* norms, int64_t n) {
+    launch(root_of_squares, 1, 1, 0, stream, norm, norms, n);
 }
 
 void clip_scale(Stream stream, float* scale, const float* norm, const double* loss, float clip) {

@@ -15,6 +15,9 @@ void global_norm(Stream stream, float* norm, const float* grads, void* scratch, 
 void global_norm(Stream stream, float* norm, const bf16* grads, void* scratch, int64_t n);
 size_t global_norm_scratch(int64_t n);
 
+// norm (1) `=` the norm of what has these `n` norms (n) in its parts.
+void combine_norms(Stream stream, float* norm, const float* norms, int64_t n);
+
 // scale (1) `=`. norm (1), loss (1).
 void clip_scale(Stream stream, float* scale, const float* norm, const double* loss, float clip);
 

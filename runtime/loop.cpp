@@ -321,8 +321,13 @@ void Run::one_step() {
         progress_.step({step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
     } else {
         skips_++;
-        log_->write(
-            {{"event", "skip"}, {"step", step_}, {"reason", skip}, {"loss", loss}, {"grad_norm", norm}, {"z", z}});
+        log_->write({{"event", "skip"},
+                     {"step", step_},
+                     {"reason", skip},
+                     {"loss", loss},
+                     {"grad_norm", norm},
+                     {"z", z},
+                     {"non_finite", std::isfinite(norm) ? 0 : model_.non_finite_gradients()}});
         progress_.say("step " + std::to_string(step_) + ": update skipped, " + skip);
         if (skips_ >= options_.max_skips)
             throw RunFailed(

@@ -33,6 +33,7 @@ struct Model {
     virtual double loss() = 0;
     virtual double grad_norm() = 0;
     virtual OptimizerCounts counts() = 0; // of this step's update
+    virtual int64_t non_finite_gradients() = 0;
 
     // One sequence with a KV cache: rows [start, start+n) of a sequence whose earlier rows were given before; fills
     // logits (V) of the last row. Uses the activations' memory, so a step in between ends the sequence.

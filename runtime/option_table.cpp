@@ -223,7 +223,7 @@ std::vector<OptionRow> option_table(const Family& family) {
         {optimizer,
          "grad",
          "TYPE",
-         "of the gradients' sums over micro-batches; bf16 ones are rounded by chance",
+         "of the layers' gradients, summed over micro-batches; bf16 ones are rounded by chance",
          &O::grad,
          fixed,
          {},

@@ -11,6 +11,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "../kernels/types.h"
 #include "checkpoint.h"
 #include "errors.h"
 #include "files.h"
@@ -219,6 +220,13 @@ void check_together(const Options& o, const Family& family) {
         throw BadInput(o.eval.empty() ? "give --model NAME to train from scratch, or --init PATH to start from weights"
                                       : "--eval " + o.eval + " needs --init PATH: the weights to evaluate");
     if (!o.model.empty()) find_model_size(o.model, family);
+    if (o.state != "int8" && (o.state_embeddings == "int8" || o.state_floor == "off"))
+        throw BadInput(o.state_floor == "off" ? "--state-floor off is for --state int8 alone"
+                                              : "--state-embeddings int8 is for --state int8 alone");
+    if (o.state_floor == "off" && o.optimizer == "lion")
+        throw BadInput("--state-floor off: Lion has no second moment to keep from 0");
+    if (o.master == "none" && std::string(kPrecision) == "fp32")
+        throw BadInput("--master none: in an fp32 build there are no other weights to leave out; make PRECISION=bf16");
     if (!o.eval.empty()) {
         if (o.init.empty()) throw BadInput("--eval " + o.eval + " needs --init PATH: the weights to evaluate");
         if (o.eval == "loss" && o.val.empty())

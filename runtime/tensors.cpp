@@ -36,7 +36,7 @@ StateType Tensors::state_type(const Tensor& t) const {
     constexpr int64_t kSmall = 4096; // below it 8 bits save nothing that counts
     if (memory.state != StateType::int8) return memory.state;
     bool narrow = t.kind == TensorKind::matrix || (t.kind == TensorKind::embedding && memory.int8_embeddings);
-    return narrow && t.count >= kSmall ? StateType::int8 : StateType::fp32;
+    return narrow && t.layer_count() >= kSmall ? StateType::int8 : StateType::fp32;
 }
 
 // The arrays of a tensor's states: where each pointer is and how many bytes belong there.
@@ -64,46 +64,39 @@ size_t Tensors::states_bytes() const {
     return sum;
 }
 
-// Where a tensor's gradient is staged, in elements: the tensors of a layer one after another, and tensors that no layer
-// owns from the beginning again, since their gradients are not made at the same time. `most`: the room for all.
-static std::vector<int64_t> staging_offsets(const std::vector<Tensor>& list, int64_t& most) {
-    std::vector<int64_t> offsets;
-    int64_t in_layer = 0, alone = 0;
-    most = 0;
-    for (const Tensor& t : list) {
-        if (t.layers) alone = 0;
-        int64_t& offset = t.layers ? in_layer : alone;
-        offsets.push_back(offset);
-        offset += round_up(t.layer_count(), kTensorUnit);
-        most = std::max(most, offset);
-    }
-    return offsets;
-}
-
 void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
     memory = chosen;
-    const bool wide_grads = training && !memory.bf16_grads, narrow_grads = training && memory.bf16_grads;
-    int64_t staged;
-    staging_offsets(list, staged);
+    int64_t staged = 0;
+    for (const Tensor& t : list) {
+        const bool narrow = memory.bf16_grads && t.layers;
+        (narrow ? grads_bf16_padded : grads_padded) += round_up(t.count, kTensorUnit);
+        if (narrow) staged += round_up(t.layer_count(), kTensorUnit);
+    }
     arena.place(params, padded, "weights");
     arena.place(masters, training && memory.master && sizeof(real) < sizeof(float) ? padded : 0, "master weights");
-    arena.place(grads, wide_grads ? padded : 0, "gradients");
-    arena.place(grads_bf16, narrow_grads ? padded : 0, "gradients");
-    arena.place(staging, narrow_grads ? staged : 0, "gradients of a layer");
+    arena.place(grads, training ? grads_padded : 0, "gradients");
+    arena.place(grads_bf16, training ? grads_bf16_padded : 0, "gradients in bf16");
+    arena.place(staging, training ? staged : 0, "gradients of a layer");
     arena.place(states, training ? states_bytes() : 0, "optimizer states");
 }
 
 void Tensors::link() {
-    int64_t offset = 0, most;
+    auto take = [](auto*& run, int64_t count) { // the next `count` elements of a run that may not be there
+        auto* begin = run;
+        if (run) run += round_up(count, kTensorUnit);
+        return begin;
+    };
+    real* param = params;
+    float *master = masters, *grad = grads, *stage = staging;
+    bf16* grad_bf16 = grads_bf16;
     char* state = states;
-    const std::vector<int64_t> stage = staging_offsets(list, most);
-    auto at = [](auto* run, int64_t offset) { return run ? run + offset : nullptr; };
-    for (size_t i = 0; i < list.size(); i++) {
-        Tensor& t = list[i];
-        t.param = params + offset;
-        t.master = at(masters, offset), t.grad = at(grads, offset), t.grad_bf16 = at(grads_bf16, offset);
-        t.staged = at(staging, stage[i]);
-        offset += round_up(t.count, kTensorUnit);
+    for (Tensor& t : list) {
+        t.param = take(param, t.count);
+        t.master = take(master, t.count);
+        if (memory.bf16_grads && t.layers)
+            t.grad_bf16 = take(grad_bf16, t.count), t.staged = take(stage, t.layer_count());
+        else
+            t.grad = take(grad, t.count);
         if (!states) continue;
         t.states.type = state_type(t);
         for (const StateArray& array : state_arrays(t, memory.rule)) {
@@ -222,6 +215,9 @@ void write_state(const Device& device, FileWriter& file, const Tensors& tensors)
 }
 
 void read_state(const Device& device, const MappedFile& file, Tensors& tensors) {
+    if (Header header = read_header(file); header[0] == kStateMagic && header[1] != 2)
+        throw BadInput(file.path() + ": version " + std::to_string(header[1]) +
+                       " of the optimizer's state, 2 is read; start a new run with --init");
     if (read_header(file) != state_header(tensors) || file.size() != state_bytes(tensors))
         throw BadInput(file.path() + ": not the optimizer state of this model, optimizer and --state");
     size_t offset = kHeaderBytes;

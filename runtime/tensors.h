@@ -17,7 +17,8 @@ struct TrainingMemory {
     StateType state = StateType::fp32;
     bool int8_embeddings = false; // else embeddings keep fp32 states where the others are int8
     bool master = true;           // float weights beside bf16 ones
-    bool bf16_grads = false;
+    bool bf16_grads = false;      // of what layers own; a layer's are made in float, then added with this seed's noise
+    uint64_t seed = 0;
 };
 
 enum class TensorKind { matrix, embedding, vector }; // vectors: biases, LayerNorm; they do not decay
@@ -25,13 +26,13 @@ enum class TensorKind { matrix, embedding, vector }; // vectors: biases, LayerNo
 struct Tensor {
     std::string name;
     TensorKind kind;
-    int64_t layers;                                   // 0: no layer owns it
-    int64_t count;                                    // of all layers together
-    real* param = nullptr;                            // (count) what the layers read
-    float* master = nullptr;                          // (count) the float weights; null where param is all there is
-    float* grad = nullptr;                            // (count) in training, unless gradients are bf16; then
-    bf16* grad_bf16 = nullptr;                        // (count), to which a layer's part is added from
-    float* staged = nullptr;                          // (layer_count()), all zero between two layers
+    int64_t layers;            // 0: no layer owns it
+    int64_t count;             // of all layers together
+    real* param = nullptr;     // (count) what the layers read
+    float* master = nullptr;   // (count) the float weights; null where param is all there is
+    float* grad = nullptr;     // (count) in training, unless a layer owns it and its gradients are bf16; then
+    bf16* grad_bf16 = nullptr; // (count), to which a layer's part is added from
+    float* staged = nullptr;   // (layer_count()), all zero between two layers
     States states{StateType::fp32, nullptr, nullptr}; // in training
 
     bool decay() const { return kind != TensorKind::vector; }
@@ -46,7 +47,8 @@ struct Tensors {
     float *masters = nullptr, *grads = nullptr, *staging = nullptr;
     bf16* grads_bf16 = nullptr;
     char* states = nullptr;
-    int64_t padded = 0; // elements in each run; a tensor begins at a multiple of 64, the gaps stay 0
+    // Elements in each run; a tensor begins at a multiple of 64, the gaps stay 0. Gradients are in one of two runs.
+    int64_t padded = 0, grads_padded = 0, grads_bf16_padded = 0;
 
     void add(const std::string& name, TensorKind kind, int64_t count);
     void add_layers(const std::string& name, TensorKind kind, int64_t layers, int64_t layer_count);

@@ -1,6 +1,8 @@
 #include "transformer.h"
 
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
 
 #include "../kernels/accumulate.h"
 #include "../kernels/attention.h"
@@ -47,6 +49,7 @@ TrainingMemory training_memory(const Options& options) {
     memory.int8_embeddings = options.state_embeddings == "int8";
     memory.master = options.master == "fp32";
     memory.bf16_grads = options.grad == "bf16";
+    memory.seed = options.seed;
     return memory;
 }
 
@@ -70,6 +73,7 @@ Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors 
     arena_.place(logits_, K_ * Vp_, "logits");
     arena_.place(loss_, 1, "loss");
     arena_.place(norm_, 1, "norm");
+    arena_.place(norms_, 2, "norms");
     arena_.place(scale_, 1, "clip scale");
     arena_.place(counts_, 1, "counts");
     arena_.place(draw_, 1, "noise");
@@ -106,7 +110,6 @@ void Transformer::losses(int64_t N, double factor, bool gradients) {
         matmul_backward_weight(device_.matmul, dw(unembedding_), nullptr, logits_, lnf, K, C_, Vp_);
         matmul_backward_input(device_.matmul, dlnf_ + n * C_, logits_, weights, nullptr, K, C_, Vp_);
     }
-    if (gradients) gradients_done({unembedding_});
     classifier_add_losses(device_.stream, loss_, losses_, factor, N);
 }
 
@@ -162,38 +165,26 @@ void Transformer::begin_step(int64_t step) {
     constexpr int kMicroBits = 36; // no step has more micro-batches than tokens
     clear_loss();
     fill_zero(device_, counts_, sizeof *counts_);
-    if (params_.grads) fill_zero(device_, params_.grads, params_.padded * sizeof(float));
-    if (params_.grads_bf16) fill_zero(device_, params_.grads_bf16, params_.padded * sizeof(bf16));
+    fill_zero(device_, params_.grads, params_.grads_padded * sizeof(float));
+    if (params_.grads_bf16) fill_zero(device_, params_.grads_bf16, params_.grads_bf16_padded * sizeof(bf16));
     draws_ = uint64_t(step) << kMicroBits;
 }
 
-// The noise needs no seed of the run's: steps, micro-batches, tensors and layers number it.
-constexpr uint64_t kGradientSeed = 0x67726164;
-
-void Transformer::add_staged(size_t param, int64_t l) {
-    const Tensor& t = params_.list[param];
-    const int64_t offset = l * t.layer_count();
-    constexpr uint64_t kLayers = uint64_t(1) << 20;
-    accumulate_gradients(device_.stream, t.grad_bf16 + offset, t.staged, t.layer_count(), kGradientSeed,
-                         param * kLayers + l, draw_);
-}
-
-void Transformer::gradients_done(std::initializer_list<size_t> params) {
-    if (!params_.grads_bf16) return;
-    for (size_t param : params) add_staged(param, 0);
-}
-
 void Transformer::layer_done(int64_t l) {
-    if (!params_.grads_bf16) return;
-    for (size_t param = 0; param < params_.list.size(); param++)
-        if (params_.list[param].layers) add_staged(param, l);
+    constexpr uint64_t kLayers = uint64_t(1) << 20; // no model has more; the numbers of noise stay below 2^24
+    for (size_t i = 0; i < params_.list.size(); i++) {
+        const Tensor& t = params_.list[i];
+        const int64_t n = t.layer_count();
+        if (t.grad_bf16)
+            accumulate_gradients(device_.stream, t.grad_bf16 + l * n, t.staged, n, params_.memory.seed, i * kLayers + l,
+                                 draw_);
+    }
 }
 
 void Transformer::measure_gradients(double clip) {
-    if (params_.grads)
-        global_norm(device_.stream, norm_, params_.grads, scratch_, params_.padded);
-    else
-        global_norm(device_.stream, norm_, params_.grads_bf16, scratch_, params_.padded);
+    global_norm(device_.stream, norms_, params_.grads, scratch_, params_.grads_padded);
+    global_norm(device_.stream, norms_ + 1, params_.grads_bf16, scratch_, params_.grads_bf16_padded);
+    combine_norms(device_.stream, norm_, norms_, 2);
     clip_scale(device_.stream, scale_, norm_, loss_, float(clip));
 }
 
@@ -207,6 +198,22 @@ void Transformer::update(const Optimizer& options) {
         Gradients gradients = t.grad ? Gradients(t.grad) : Gradients(t.grad_bf16);
         optimizer_update(device_.stream, t.param, t.master, t.states, gradients, scale_, counts_, t.count, o);
     }
+}
+
+// On the host, since it is asked for only when a step has failed.
+int64_t Transformer::non_finite_gradients() {
+    int64_t found = 0;
+    auto count = [&](auto* run, int64_t n) {
+        std::vector<std::remove_pointer_t<decltype(run)>> piece(std::min<int64_t>(n, 1 << 20));
+        for (int64_t first = 0; first < n; first += piece.size()) {
+            const int64_t size = std::min<int64_t>(piece.size(), n - first);
+            download(device_, piece.data(), run + first, size * sizeof piece[0]);
+            for (int64_t i = 0; i < size; i++) found += !std::isfinite(to_float(piece[i]));
+        }
+    };
+    count(params_.grads, params_.grads_padded);
+    count(params_.grads_bf16, params_.grads_bf16_padded);
+    return found;
 }
 
 OptimizerCounts Transformer::counts() {

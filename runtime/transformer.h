@@ -44,6 +44,7 @@ public:
     double loss() override;
     double grad_norm() override;
     OptimizerCounts counts() override;
+    int64_t non_finite_gradients() override;
     void next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) override;
 
     int64_t vocab() const override { return V_; }
@@ -65,9 +66,8 @@ protected:
     // dlnf_ to the gradients of all parameters but the unembedding's product.
     virtual void backward(int64_t B) = 0;
     virtual Header header() const = 0;
-    // backward() says so when it has made the gradients of tensors that no layer owns, or all of a layer's: those that
-    // are staged are then added to the bf16 ones, and their place is free for the next.
-    void gradients_done(std::initializer_list<size_t> params);
+    // backward() says so when it has made all gradients of a layer: those that are staged are then added to the bf16
+    // ones, and their place is free for the next layer.
     void layer_done(int64_t l);
     // Attention of T tokens over their own and the `start` tokens before them.
     AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
@@ -105,11 +105,10 @@ private:
     real* logits_ = nullptr;  // (K,Vp)
     float* losses_ = nullptr; // (N)
     double* loss_ = nullptr;
-    float *norm_ = nullptr, *scale_ = nullptr;
+    float *norm_ = nullptr, *norms_ = nullptr, *scale_ = nullptr; // norms_ (2): of float and of bf16 gradients
     OptimizerCounts* counts_ = nullptr;
     uint64_t draws_ = 0;       // micro-batches so far, which number the noise of bf16 gradients
     uint64_t* draw_ = nullptr; // the same on the device, for kernels that are replayed
-    void add_staged(size_t param, int64_t l);
 
     void losses(int64_t N, double factor, bool gradients);
 };

@@ -110,9 +110,9 @@ def check(name, lion, n, steps, tool, folder):
             units = absmax.numpy()[block]
             found += compare(book, ours[which], exact.numpy(), theirs[which], value / units, terms / units)
             codes += n
-            absmax_off = max(absmax_off, float(np.abs(ours[which + "_absmax"] / theirs[which + "_absmax"] - 1).max()))
+            absmax_off = np.maximum(absmax_off, float(np.abs(ours[which + "_absmax"] / theirs[which + "_absmax"] - 1).max()))
         size = np.abs(theirs["weights"]) + np.abs(before["weights"])
-        weights_off = max(weights_off, float((np.abs(ours["weights"] - theirs["weights"]) / size).max()))
+        weights_off = np.maximum(weights_off, float((np.abs(ours["weights"] - theirs["weights"]) / size).max()))
         before = theirs
     print(f"{name}: {steps} steps of {n} elements, {codes} codes\n"
           f"  against the exact search: {found[0]} ties, {found[1]} by the guard of the sign, {found[2]} wrong\n"

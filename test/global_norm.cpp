@@ -83,3 +83,17 @@ TEST_CASE("scale") {
         CHECK(std::isnan(scale_of(4, bad, 0)));
     }
 }
+
+TEST_CASE("the norm of parts") {
+    Vector<float> norms = {3, 4, 12}, norm = poisoned<float>(1);
+    combine_norms(nullptr, norm.data(), norms.data(), 3);
+    CHECK(norm[0] == 13);
+    norms[1] = 0;
+    combine_norms(nullptr, norm.data(), norms.data(), 2);
+    CHECK(norm[0] == 3);
+    for (float broken : {float(NAN), INFINITY}) {
+        norms[1] = broken;
+        combine_norms(nullptr, norm.data(), norms.data(), 3);
+        CHECK_FALSE(std::isfinite(norm[0]));
+    }
+}
