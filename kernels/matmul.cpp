@@ -182,40 +182,34 @@ template <class T> static void run_by_columns(Matmul* mm, T* dst, const real* a,
 Matmul* matmul_open(Stream) { return new Matmul; }
 void matmul_close(Matmul* mm) { delete mm; }
 
+// inp · wᵀ
+static Product forward_product(const real* bias, int64_t N, int64_t C, int64_t OC, Gelu gelu, bool accumulate) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_forward: a negative N, or C or OC below 1");
+    return {.M = N,
+            .K = C,
+            .N = OC,
+            .a_transposed = false,
+            .b_transposed = true,
+            .bias = bias != nullptr,
+            .accumulate = accumulate,
+            .gelu = gelu,
+            .type = kReal,
+            .threads = omp_get_max_threads()};
+}
+
 void matmul_forward(Matmul* mm, real* out, real* pre, const real* inp, const real* w, const real* bias, int64_t N,
                     int64_t C, int64_t OC, Gelu kind) {
-    require(N >= 0 && C > 0 && OC > 0, "matmul_forward: a negative N, or C or OC below 1");
     require(!pre || kind != Gelu::none, "matmul_forward: without a GELU there is no pre-activation apart from out");
+    const Product p = forward_product(bias, N, C, OC, pre ? Gelu::none : kind, false);
     if (N == 0) return;
-    Product p{.M = N,
-              .K = C,
-              .N = OC,
-              .a_transposed = false,
-              .b_transposed = true,
-              .bias = bias != nullptr,
-              .accumulate = false,
-              .gelu = pre ? Gelu::none : kind,
-              .type = kReal,
-              .threads = omp_get_max_threads()};
     mm->run(pre ? pre : out, inp, w, bias, p);
     if (pre) gelu_forward(nullptr, out, pre, N * OC, kind);
 }
 
 void matmul_forward_add(Matmul* mm, real* out, const real* inp, const real* w, const real* bias, int64_t N, int64_t C,
                         int64_t OC) {
-    require(N >= 0 && C > 0 && OC > 0, "matmul_forward_add: a negative N, or C or OC below 1");
-    if (N == 0) return;
-    Product p{.M = N,
-              .K = C,
-              .N = OC,
-              .a_transposed = false,
-              .b_transposed = true,
-              .bias = bias != nullptr,
-              .accumulate = true,
-              .gelu = Gelu::none,
-              .type = kReal,
-              .threads = omp_get_max_threads()};
-    mm->run(out, inp, w, bias, p);
+    const Product p = forward_product(bias, N, C, OC, Gelu::none, true);
+    if (N > 0) mm->run(out, inp, w, bias, p);
 }
 
 void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
