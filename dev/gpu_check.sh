@@ -97,7 +97,7 @@ done
 run learns cuda/train_gpt2 124M --context 1024 --batch 32 --steps 40 --lr 6e-4 --warmup 10 &&
     say "  first and last loss" "$(losses "$dir/learns" | sed -n '1p;$p' | tr '\n' ' ')"
 run long cuda/train_gpt2 124M --context 8192 --batch 4 --steps 10 --lr 6e-4
-run pythia cuda/train_pythia 410m --context 8192 --batch 1 --steps 10 --lr 3e-4
+run pythia cuda/train_pythia 410m --context 8192 --batch 1 --steps 10 --lr 3e-4 --state int8 --grad bf16
 for name in learns long pythia; do
     [[ -s $dir/$name/log.jsonl ]] &&
         say "  $name" "$(grep '"event":"step"' "$dir/$name/log.jsonl" | tail -1 | grep -o '"ms":[0-9.]*\|"tokens_per_second":[0-9.]*\|"peak_percent":[0-9.]*' | tr '\n' ' ')"
