@@ -3,10 +3,12 @@ say of them, that each learns, and that each goes on bit for bit."""
 
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 
-from runs import BAD_INPUT, DONE, assert_same_run, checkpoints, complaint, options, peak_memory, trainer, untimed
+from runs import BAD_INPUT, DONE, ROOT, assert_same_run, checkpoints, complaint, options, peak_memory, trainer, untimed
 
 L, C = 2, 64
 # (family, precision, options)
@@ -86,6 +88,16 @@ def test_what_the_files_hold(whole):
     weights = (step / "model.bin").read_bytes()
     assert struct.unpack("<2i", weights[:8])[1] == (5 if narrow else 3)
     assert len(weights) == 1024 + sum(count for count, *_ in tensors(family)) * (2 if narrow else 4)
+
+
+def test_the_weights_go_to_huggingface_and_back(whole, tmp_path):
+    """Of whatever type they are, to the bit."""
+    _, _, _, folder = whole
+    convert = [sys.executable, ROOT / "scripts/convert_hf.py"]
+    for command in ([*convert, folder, "--back", tmp_path / "hf"], [*convert, tmp_path / "hf", "--to", tmp_path / "again.bin"]):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.bin").read_bytes() == (folder / "step_00000012/model.bin").read_bytes()
 
 
 def test_what_the_log_says(whole):
