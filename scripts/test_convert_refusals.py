@@ -12,7 +12,7 @@ import pytest
 
 import convert_hf
 import hf_testing as t
-from hf_testing import FAMILIES, KINDS, C, L, V, binary, model, refused, write_directory
+from hf_testing import FAMILIES, KINDS, C, V, binary, model, refused, write_directory
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -1,7 +1,6 @@
 """The trainer from the outside: its files, its exit codes, and that nothing that befalls a run changes its result."""
 
 import json
-import os
 import random
 import shutil
 import signal
