@@ -212,11 +212,9 @@ void matmul_forward_add(Matmul* mm, real* out, const real* inp, const real* w, c
     if (N > 0) mm->run(out, inp, w, bias, p);
 }
 
-void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
-                           int64_t C, int64_t OC, Gelu kind) {
-    require(N >= 0 && C > 0 && OC > 0, "matmul_backward_input: a negative N, or C or OC below 1");
-    require((pre != nullptr) == (kind != Gelu::none), "matmul_backward_input: a GELU needs pre, and only a GELU does");
-    if (N == 0) return;
+// dinp `=` or, with add, `+=` dout · w.
+static void backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, int64_t N, int64_t C, int64_t OC,
+                           bool add) {
     // Over the 50304 logits oneDNN's float kernel loses a fifth of its speed to a sum that long (it keeps all of w in
     // flight); summed in runs that fit the cache it does not. bf16 shows no such loss, and could not hold the partial
     // sums in dinp anyway.
@@ -231,14 +229,28 @@ void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real*
                   .a_transposed = false,
                   .b_transposed = false,
                   .bias = false,
-                  .accumulate = part > 0,
+                  .accumulate = add || part > 0,
                   .gelu = Gelu::none,
                   .type = kReal,
                   .threads = omp_get_max_threads(),
                   .a_row = OC};
         run_by_columns(mm, dinp, dout + r.begin, w + r.begin * C, p);
     }
+}
+
+void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
+                           int64_t C, int64_t OC, Gelu kind) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_backward_input: a negative N, or C or OC below 1");
+    require((pre != nullptr) == (kind != Gelu::none), "matmul_backward_input: a GELU needs pre, and only a GELU does");
+    if (N == 0) return;
+    backward_input(mm, dinp, dout, w, N, C, OC, false);
     if (kind != Gelu::none) gelu_backward(nullptr, dinp, dinp, pre, N * C, kind);
+}
+
+void matmul_backward_input_add(Matmul* mm, real* dinp, const real* dout, const real* w, int64_t N, int64_t C,
+                               int64_t OC) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_backward_input_add: a negative N, or C or OC below 1");
+    if (N > 0) backward_input(mm, dinp, dout, w, N, C, OC, true);
 }
 
 void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dout, const real* inp, int64_t N,

@@ -347,6 +347,12 @@ void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real*
     if (kind != Gelu::none) gelu_backward(mm->stream, dinp, dinp, pre, N * C, kind);
 }
 
+void matmul_backward_input_add(Matmul* mm, real* dinp, const real* dout, const real* w, int64_t N, int64_t C,
+                               int64_t OC) {
+    require(N >= 0 && C > 0 && OC > 0, "matmul_backward_input_add: a negative N, or C or OC below 1");
+    if (N > 0) mm->run({.M = C, .N = N, .K = OC, .accumulate = true}, {.d = dinp, .a = w, .b = dout});
+}
+
 void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dout, const real* inp, int64_t N,
                             int64_t C, int64_t OC) {
     require(N >= 0 && C > 0 && OC > 0, "matmul_backward_weight: a negative N, or C or OC below 1");

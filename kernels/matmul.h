@@ -30,6 +30,11 @@ void matmul_forward_add(Matmul* mm, real* out, const real* inp, const real* w, c
 void matmul_backward_input(Matmul* mm, real* dinp, const real* dout, const real* w, const real* pre, int64_t N,
                            int64_t C, int64_t OC, Gelu kind = Gelu::none);
 
+// dinp (N,C) `+=` dout · w, which is rounded together with what dinp holds: one share of a gradient that several
+// products make, as those of attention's head groups do. Else as above.
+void matmul_backward_input_add(Matmul* mm, real* dinp, const real* dout, const real* w, int64_t N, int64_t C,
+                               int64_t OC);
+
 // dw (OC,C) `+=` in float or null, dbias (OC) `+=` in float or null. dout (N,OC), inp (N,C; null where dw is).
 // Deterministic for a thread count.
 void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dout, const real* inp, int64_t N,
@@ -42,6 +47,9 @@ inline Cost matmul_forward_cost(int64_t N, int64_t C, int64_t OC) {
 inline Cost matmul_backward_input_cost(int64_t N, int64_t C, int64_t OC) {
     double n = double(N), c = double(C), oc = double(OC);
     return {(n * oc + oc * c) * sizeof(real), n * c * sizeof(real), 2 * n * c * oc};
+}
+inline Cost matmul_backward_input_add_cost(int64_t N, int64_t C, int64_t OC) {
+    return matmul_backward_input_cost(N, C, OC) + Cost{.read = double(N) * C * sizeof(real)};
 }
 inline Cost matmul_backward_weight_cost(int64_t N, int64_t C, int64_t OC) {
     double n = double(N), c = double(C), oc = double(OC);

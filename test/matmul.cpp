@@ -179,6 +179,53 @@ TEST_CASE("backward to the input over as many outputs as logits") {
     }
 }
 
+TEST_CASE("backward to the input adds to what is there") {
+    std::vector<Handle> kinds = open_all_kinds();
+    std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
+    // Columns that the cpu build halves, and sums that it cuts: in two equal parts, and in parts that are not.
+    for (Shape s : {Shape{5, 1100, 40}, {3, 24, 4097}, {9, 7, 12345}}) shapes.push_back(s);
+    for (Shape s : shapes) {
+        INFO("N ", s.N, ", C ", s.C, ", OC ", s.OC);
+        Vector<real> dout = random_normal<real>(s.N * s.OC, 40);
+        Vector<real> w = random_normal<real>(s.OC * s.C, 41, 1 / std::sqrt(float(s.OC)));
+        const Vector<real> before = random_normal<real>(s.N * s.C, 42);
+        std::vector<double> want = oracle::linear(to_double(dout), transpose(to_double(w), s.OC, s.C), {}, s.OC);
+        for (size_t i = 0; i < want.size(); i++) want[i] += to_float(before[i]);
+        for (const Handle& mm : kinds) {
+            // Between two rows of NaN, which nobody may touch.
+            Vector<real> dinp = poisoned<real>((s.N + 2) * s.C), poison = poisoned<real>(s.C);
+            std::copy(before.begin(), before.end(), dinp.begin() + s.C);
+            matmul_backward_input_add(mm.get(), dinp.data() + s.C, dout.data(), w.data(), s.N, s.C, s.OC);
+            check_close("dinp", Vector<real>(dinp.begin() + s.C, dinp.end() - s.C), want, tolerance<real>(s.OC));
+            CHECK(same_bits(Vector<real>(dinp.begin(), dinp.begin() + s.C), poison));
+            CHECK(same_bits(Vector<real>(dinp.end() - s.C, dinp.end()), poison));
+        }
+    }
+}
+
+TEST_CASE("backward to the input of q, k and v, head group by head group") {
+    const int64_t N = 37, C = 96, D = 8, group = 5; // heads of a group: the last group has two
+    Vector<real> w = random_normal<real>(3 * C * C, 43, 1 / std::sqrt(3 * float(C)));
+    Vector<real> dqkv = random_normal<real>(N * 3 * C, 44);
+    std::vector<double> want = oracle::linear(to_double(dqkv), transpose(to_double(w), 3 * C, C), {}, 3 * C);
+    for (const Handle& mm : open_all_kinds()) {
+        Vector<real> dinp(N * C);
+        int roundings = 0;
+        for (int64_t first = 0; first < C; first += group * D)
+            for (int64_t part = 0; part < 3; part++, roundings++) {
+                const int64_t width = std::min(group * D, C - first), row = part * C + first;
+                Vector<real> dout; // (N,width)
+                for (int64_t n = 0; n < N; n++) {
+                    auto from = dqkv.begin() + n * 3 * C + row;
+                    dout.insert(dout.end(), from, from + width);
+                }
+                matmul_backward_input_add(mm.get(), dinp.data(), dout.data(), w.data() + row * C, N, C, width);
+            }
+        // Each share is rounded when it is added.
+        check_close("dinp", dinp, want, roundings * tolerance<real>(group * D));
+    }
+}
+
 TEST_CASE("backward to weight and bias adds to what is there") {
     Handle mm = open_matmul();
     for (Shape s : kShapes) {
@@ -210,6 +257,9 @@ TEST_CASE("arrays that begin anywhere") {
     Vector<real> pre = random_normal<real>(s.N * s.C, 34);
     std::vector<double> sums = oracle::linear(to_double(inp), to_double(w), to_double(bias), s.C);
     std::vector<double> dinp = oracle::linear(to_double(dout), transpose(to_double(w), s.OC, s.C), {}, s.OC);
+    const Vector<real> before = random_normal<real>(s.N * s.C, 36);
+    std::vector<double> added = dinp;
+    for (size_t i = 0; i < dinp.size(); i++) added[i] += to_float(before[i]);
     for (size_t i = 0; i < dinp.size(); i++) dinp[i] *= gelu_slope(to_float(pre[i]), Gelu::tanh);
     std::vector<double> dout_t = transpose(to_double(dout), s.N, s.OC);
     std::vector<double> dw = oracle::linear(dout_t, transpose(to_double(inp), s.N, s.C), {}, s.N);
@@ -242,6 +292,10 @@ TEST_CASE("arrays that begin anywhere") {
             matmul_backward_input(mm.get(), start(3, got), start(0, dout_there), start(1, w_there), start(2, pre_there),
                                   s.N, s.C, s.OC, Gelu::tanh);
             check_close("dinp", back(3, got), dinp, 2 * tolerance<real>(s.OC));
+
+            got = shifted(3, before);
+            matmul_backward_input_add(mm.get(), start(3, got), start(0, dout_there), start(1, w_there), s.N, s.C, s.OC);
+            check_close("dinp", back(3, got), added, tolerance<real>(s.OC));
 
             Vector<float> got_dw = shifted(1, Vector<float>(s.OC * s.C)), got_dbias = shifted(2, Vector<float>(s.OC));
             inp_there = shifted(3, inp);
@@ -294,14 +348,15 @@ TEST_CASE("the same call gives the same bits, on a fresh handle too") {
     Vector<real> inp = random_normal<real>(s.N * s.C, 13), w = random_normal<real>(s.OC * s.C, 14);
     Vector<real> bias = random_normal<real>(s.OC, 15), dout = random_normal<real>(s.N * s.OC, 16);
     struct Results {
-        Vector<real> out, dinp;
+        Vector<real> out, dinp, added;
         Vector<float> dw, dbias;
     };
     auto run = [&](Matmul* mm) {
-        Results r{poisoned<real>(s.N * s.OC), poisoned<real>(s.N * s.C), Vector<float>(s.OC * s.C, 0.25f),
+        Results r{poisoned<real>(s.N * s.OC), poisoned<real>(s.N * s.C), inp, Vector<float>(s.OC * s.C, 0.25f),
                   Vector<float>(s.OC, 0.25f)};
         matmul_forward(mm, r.out.data(), nullptr, inp.data(), w.data(), bias.data(), s.N, s.C, s.OC, Gelu::tanh);
         matmul_backward_input(mm, r.dinp.data(), dout.data(), w.data(), nullptr, s.N, s.C, s.OC);
+        matmul_backward_input_add(mm, r.added.data(), dout.data(), w.data(), s.N, s.C, s.OC);
         matmul_backward_weight(mm, r.dw.data(), r.dbias.data(), dout.data(), inp.data(), s.N, s.C, s.OC);
         return r;
     };
@@ -310,6 +365,7 @@ TEST_CASE("the same call gives the same bits, on a fresh handle too") {
         Results b = run(i % 2 ? first.get() : second.get());
         CHECK(same_bits(a.out, b.out));
         CHECK(same_bits(a.dinp, b.dinp));
+        CHECK(same_bits(a.added, b.added));
         CHECK(same_bits(a.dw, b.dw));
         CHECK(same_bits(a.dbias, b.dbias));
     }
@@ -339,11 +395,13 @@ TEST_CASE("no rows: nothing is touched") {
     Vector<float> dw = {1, 2, 3, 4, 5, 6};
     matmul_forward(mm.get(), out.data(), nullptr, w.data(), w.data(), nullptr, 0, 3, 2);
     matmul_backward_input(mm.get(), out.data(), w.data(), w.data(), nullptr, 0, 3, 2);
+    matmul_backward_input_add(mm.get(), out.data(), w.data(), w.data(), 0, 3, 2);
     matmul_backward_weight(mm.get(), dw.data(), nullptr, w.data(), w.data(), 0, 3, 2);
     CHECK(std::isnan(to_float(out[0])));
     CHECK(dw == Vector<float>{1, 2, 3, 4, 5, 6});
     CHECK_THROWS(matmul_forward(mm.get(), out.data(), out.data(), w.data(), w.data(), nullptr, 1, 1, 1, Gelu::none));
     CHECK_THROWS(matmul_backward_input(mm.get(), out.data(), w.data(), w.data(), nullptr, 1, 1, 1, Gelu::erf));
+    CHECK_THROWS(matmul_backward_input_add(mm.get(), out.data(), w.data(), w.data(), 1, 0, 1));
 }
 
 // The simulator's stand-in for the library would widen all of the input. What is ours there comes below.
@@ -370,6 +428,10 @@ TEST_CASE("past 2^31 elements: the first and the last rows of a sparse input cou
 
     narrow = poisoned<real>(N);
     matmul_backward_input(mm.get(), narrow.data(), wide.data(), w.data(), nullptr, N, 1, width);
+    check_rows(narrow);
+
+    narrow = Vector<real>(N);
+    matmul_backward_input_add(mm.get(), narrow.data(), wide.data(), w.data(), N, 1, width);
     check_rows(narrow);
 
     // dw of one input feature that is 1 in the first row and 3 in the last: four times the row; dbias: twice.

@@ -39,6 +39,10 @@ int main() {
             }
             table.run(name + " dinput", shape, matmul_backward_input_cost(N, C, OC),
                       [&] { matmul_backward_input(mm, inp.reals(), out.reals(), w.reals(), nullptr, N, C, OC); });
+            if (name == "qkv") { // whose gradients come head group by head group
+                table.run(name + " dinput, add", shape, matmul_backward_input_add_cost(N, C, OC),
+                          [&] { matmul_backward_input_add(mm, inp.reals(), out.reals(), w.reals(), N, C, OC); });
+            }
             if (name == "fcproj") { // its input is the GELU's output
                 bench::Buffer act(N * C * sizeof(real));
                 table.run(name + " dinput, gelu", shape,
