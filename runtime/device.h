@@ -26,7 +26,7 @@ struct Device {
 std::string device_line(const Device& device);
 
 // Copies between host and device and fills, ordered on the stream. upload() may return before the data has arrived, but
-// `from` may be reused at once; download() waits for its data.
+// `from` may be reused at once; download() waits for its data. A HostStore's memory may take the device's place.
 void upload(const Device& device, void* to, const void* from, size_t bytes);
 void download(const Device& device, void* to, const void* from, size_t bytes);
 void fill_zero(const Device& device, void* to, size_t bytes);

@@ -119,6 +119,7 @@ std::string device_line(const Device& device) {
     return line;
 }
 
+// By their addresses the runtime tells what it copies between: `device` memory of a HostStore is the host's.
 void upload(const Device& device, void* to, const void* from, size_t bytes) {
     Staging& staging = *device.staging;
     cudaStream_t stream = cuda_stream(device.stream);
@@ -129,15 +130,14 @@ void upload(const Device& device, void* to, const void* from, size_t bytes) {
         check_cuda(cudaEventSynchronize(staging.read[slot]), "waiting for a copy to the GPU");
         memcpy(staging.memory[slot], static_cast<const char*>(from) + done, piece);
         check_cuda(
-            cudaMemcpyAsync(static_cast<char*>(to) + done, staging.memory[slot], piece, cudaMemcpyHostToDevice, stream),
+            cudaMemcpyAsync(static_cast<char*>(to) + done, staging.memory[slot], piece, cudaMemcpyDefault, stream),
             "copying to the GPU");
         check_cuda(cudaEventRecord(staging.read[slot], stream), "copying to the GPU");
     }
 }
 
 void download(const Device& device, void* to, const void* from, size_t bytes) {
-    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda_stream(device.stream)),
-               "copying from the GPU");
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda_stream(device.stream)), "copying from the GPU");
     check_cuda(cudaStreamSynchronize(cuda_stream(device.stream)), "waiting for the GPU");
 }
 

@@ -209,6 +209,62 @@ void FileWriter::close() {
 
 uint64_t FileWriter::hash() const { return XXH3_64bits_digest(&hasher_->state); }
 
+// O_TMPFILE where the file system has it, else a file that loses its name at once.
+static int open_unnamed(const std::string& folder) {
+    int fd = retried([&] { return open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); });
+    if (fd >= 0) return fd;
+    std::string name = folder + "/offload_XXXXXX";
+    fd = mkostemp(name.data(), O_CLOEXEC);
+    if (fd >= 0) unlink(name.c_str());
+    return fd;
+}
+
+UnnamedFile::UnnamedFile(const std::string& folder, size_t bytes) : folder_(folder), size_(bytes) {
+    const std::string what = "cannot reserve " + std::to_string(bytes) + " bytes of disk in " + folder;
+    Descriptor file(open_unnamed(folder));
+    if (file.fd < 0) fail("cannot create a file in " + folder, errno);
+    // Asked first: posix_fallocate() would fill the disk for others before it gave up.
+    if (uint64_t free = free_disk_bytes(folder); bytes > free)
+        fail(what + ", where " + std::to_string(free) + " are free", ENOSPC);
+    int error;
+    while ((error = posix_fallocate(file.fd, 0, static_cast<off_t>(bytes))) == EINTR) {
+    }
+    if (error) fail(what, error);
+    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd, 0);
+    if (mapped == MAP_FAILED) fail("cannot map " + std::to_string(bytes) + " bytes of a file in " + folder, errno);
+    data_ = static_cast<char*>(mapped);
+    fd_ = std::exchange(file.fd, -1);
+}
+
+UnnamedFile::~UnnamedFile() {
+    munmap(data_, size_);
+    close(fd_);
+}
+
+void UnnamedFile::write(size_t offset, const void* from, size_t bytes) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t taken = retried([&] {
+            return pwrite(fd_, static_cast<const char*>(from) + done, std::min(bytes - done, kLargestCall),
+                          static_cast<off_t>(offset + done));
+        });
+        if (taken <= 0) fail("cannot write to a file without a name in " + folder_, taken < 0 ? errno : EIO);
+        done += static_cast<size_t>(taken);
+    }
+}
+
+void UnnamedFile::read(size_t offset, void* to, size_t bytes) const {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = retried([&] {
+            return pread(fd_, static_cast<char*>(to) + done, std::min(bytes - done, kLargestCall),
+                         static_cast<off_t>(offset + done));
+        });
+        if (got <= 0) fail("cannot read from a file without a name in " + folder_, got < 0 ? errno : EIO);
+        done += static_cast<size_t>(got);
+    }
+}
+
+void UnnamedFile::drop_pages() const { madvise(data_, size_, MADV_DONTNEED); }
+
 uint64_t bytes_hash(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
 uint64_t file_hash(const MappedFile& file) { return bytes_hash(file.at(0, file.size()), file.size()); }

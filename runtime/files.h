@@ -61,6 +61,30 @@ private:
     void write_out(const unsigned char* data, size_t bytes);
 };
 
+// Disk space without a name, for what does not fit into memory: zeroed, reserved whole at once so that a full disk
+// shows before a run begins and not inside it, and gone with the object however the process ends. Every failure throws
+// RunFailed naming the folder.
+class UnnamedFile {
+public:
+    UnnamedFile(const std::string& folder, size_t bytes); // bytes > 0
+    ~UnnamedFile();
+    UnnamedFile(const UnnamedFile&) = delete;
+    UnnamedFile& operator=(const UnnamedFile&) = delete;
+
+    // Copies that leave no page of the file in this process, and that threads may make side by side.
+    void write(size_t offset, const void* from, size_t bytes);
+    void read(size_t offset, void* to, size_t bytes) const;
+    // The same bytes as memory. Pages touched there count as the process's until drop_pages().
+    char* data() const { return data_; }
+    void drop_pages() const;
+
+private:
+    std::string folder_;
+    size_t size_;
+    int fd_ = -1;
+    char* data_ = nullptr; // (size_)
+};
+
 // XXH3, 64 bits.
 uint64_t bytes_hash(const void* data, size_t bytes);
 

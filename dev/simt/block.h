@@ -202,10 +202,12 @@ const void* code_at(uint32_t offset);
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Device memory (heap.cpp).
-void* device_allocate(size_t bytes, size_t limit);
-bool device_release(void* pointer);
-size_t device_allocated();
+// Device memory, and the pinned memory of the host, which kernels may touch too (heap.cpp). `limit` is for all of a
+// kind.
+enum class Memory { device, pinned };
+void* allocate(size_t bytes, Memory memory, size_t limit); // null beyond it
+bool release(void* pointer);
+size_t allocated(Memory memory);
 
 void note_launch(const void* kernel, uint64_t threads, size_t shared_bytes);
 enum class HeapState { foreign, inside, outside, freed };

@@ -1,5 +1,5 @@
 // Stand-in for CUDA graphs: while a stream is captured, what is launched is written down instead of run, with its
-// parameters as they are at that moment, and runs at each launch of the graph.
+// parameters as they are at that moment, and runs at each launch of the graph, in the order in which it came.
 #include <functional>
 #include <memory>
 #include <vector>
@@ -19,7 +19,7 @@ namespace simt {
 
 namespace {
 std::unique_ptr<CUgraph_st>& captured() {
-    static std::unique_ptr<CUgraph_st> only; // one device, and one stream at a time
+    static std::unique_ptr<CUgraph_st> only; // one device, and one capture at a time
     return only;
 }
 } // namespace
@@ -38,11 +38,15 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     // The legacy default stream cannot be captured.
     if (!stream || simt::capturing()) return cudaErrorStreamCaptureUnsupported;
     simt::captured() = std::make_unique<CUgraph_st>();
+    simt::begin_capture(stream);
     return cudaSuccess;
 }
-cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    *graph = nullptr;
     if (!simt::capturing()) return cudaErrorInvalidValue;
-    *graph = simt::captured().release();
+    std::unique_ptr<CUgraph_st> whole = std::move(simt::captured());
+    if (cudaError_t status = simt::end_capture(stream)) return status;
+    *graph = whole.release();
     return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {

@@ -23,6 +23,7 @@ namespace {
 struct Allocation {
     uintptr_t begin, end;
     size_t slot;
+    Memory memory;
     bool freed;
 };
 
@@ -30,8 +31,8 @@ struct Heap {
     uintptr_t base;
     uint32_t* slots; // number of the allocation, from 1; 0: none
     std::vector<Allocation> allocations;
-    size_t next_slot = 1, in_use = 0;
-    std::mutex mutex; // of allocate and release; blocks only look up, while nobody allocates
+    size_t next_slot = 1, in_use[2] = {}; // by Memory
+    std::mutex mutex;                     // of allocate and release; blocks only look up, while nobody allocates
 
     Heap() {
         auto map = [](size_t bytes, int protection) {
@@ -51,26 +52,27 @@ Heap& heap() {
 
 } // namespace
 
-void* device_allocate(size_t bytes, size_t limit) {
+void* allocate(size_t bytes, Memory memory, size_t limit) {
     Heap& h = heap();
     std::lock_guard lock(h.mutex);
+    size_t& in_use = h.in_use[static_cast<int>(memory)];
     size_t whole = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
     size_t pages = (whole + kPage - 1) / kPage * kPage;
     size_t count = pages / kSlotBytes + 2; // at least one page free behind it, whatever the rounding
-    if (bytes > limit || h.in_use > limit - bytes || h.next_slot + count >= kSlots) return nullptr;
+    if (bytes > limit || in_use > limit - bytes || h.next_slot + count >= kSlots) return nullptr;
     uintptr_t first = h.base + h.next_slot * kSlotBytes;
     if (mprotect(reinterpret_cast<void*>(first), pages, PROT_READ | PROT_WRITE) != 0) return nullptr;
     uintptr_t begin = first + pages - whole;
     madvise(reinterpret_cast<void*>(first), pages, MADV_HUGEPAGE);
     if (bytes <= kPoisonedBytes) memset(reinterpret_cast<void*>(begin), 0xff, whole);
-    h.allocations.push_back({begin, begin + bytes, h.next_slot, false});
+    h.allocations.push_back({begin, begin + bytes, h.next_slot, memory, false});
     for (size_t i = 0; i < count; i++) h.slots[h.next_slot + i] = static_cast<uint32_t>(h.allocations.size());
     h.next_slot += count;
-    h.in_use += bytes;
+    in_use += bytes;
     return reinterpret_cast<void*>(begin);
 }
 
-bool device_release(void* pointer) {
+bool release(void* pointer) {
     Heap& h = heap();
     std::lock_guard lock(h.mutex);
     uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
@@ -80,7 +82,7 @@ bool device_release(void* pointer) {
     Allocation& a = h.allocations[number - 1];
     if (a.begin != address || a.freed) return false;
     a.freed = true;
-    h.in_use -= a.end - a.begin;
+    h.in_use[static_cast<int>(a.memory)] -= a.end - a.begin;
     uintptr_t first = h.base + a.slot * kSlotBytes, end = (a.end + kPage - 1) / kPage * kPage;
     // Mapped anew: gives the pages back and closes them at once.
     mmap(reinterpret_cast<void*>(first), std::max(end, first + kPage) - first, PROT_NONE,
@@ -88,7 +90,7 @@ bool device_release(void* pointer) {
     return true;
 }
 
-size_t device_allocated() { return heap().in_use; }
+size_t allocated(Memory memory) { return heap().in_use[static_cast<int>(memory)]; }
 
 HeapAnswer look_up(uintptr_t address) {
     Heap& h = heap();

@@ -1,7 +1,5 @@
-// The CUDA runtime's calls: memory comes from heap.cpp, streams and events are numbers without a life, since everything
-// has happened by the time a call returns.
+// The CUDA runtime's calls: memory comes from heap.cpp; streams and events are in streams.cpp, graphs in graph.cpp.
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include <sys/mman.h>
@@ -37,6 +35,12 @@ const char* cudaGetErrorString(cudaError_t error) {
         return "invalid resource handle";
     case cudaErrorStreamCaptureUnsupported:
         return "operation not permitted while a stream is captured";
+    case cudaErrorStreamCaptureUnjoined:
+        return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation:
+        return "dependency created on uncaptured work in another stream";
+    case cudaErrorCapturedEvent:
+        return "operation not permitted on an event last recorded in a capturing stream";
     case cudaErrorNotReady:
         return "device not ready";
     }
@@ -97,27 +101,35 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     }
     return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return done(simt::finish_streams()); }
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
     *total = simt::settings().device_bytes;
-    *available = *total - std::min(*total, simt::device_allocated());
+    *available = *total - std::min(*total, simt::allocated(simt::Memory::device));
     return cudaSuccess;
 }
 
-cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+static cudaError_t allocate(void** pointer, size_t bytes, simt::Memory memory, size_t limit) {
     *pointer = nullptr;
     if (simt::capturing()) return done(cudaErrorStreamCaptureUnsupported);
     if (bytes == 0) return cudaSuccess;
-    *pointer = simt::device_allocate(bytes, simt::settings().device_bytes);
+    *pointer = simt::allocate(bytes, memory, limit);
     return done(*pointer ? cudaSuccess : cudaErrorMemoryAllocation);
 }
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+    return allocate(pointer, bytes, simt::Memory::device, simt::settings().device_bytes);
+}
+// As the driver does, it waits for everything that might use the memory.
 cudaError_t cudaFree(void* pointer) {
-    return done(!pointer || simt::device_release(pointer) ? cudaSuccess : cudaErrorInvalidDevicePointer);
+    if (!pointer) return cudaSuccess;
+    if (cudaError_t status = simt::finish_streams()) return done(status);
+    return done(simt::release(pointer) ? cudaSuccess : cudaErrorInvalidDevicePointer);
 }
 // Kernels may read pinned and managed memory, so it lies in the same heap.
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
-cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
-cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
+cudaError_t cudaMallocHost(void** pointer, size_t bytes) {
+    return allocate(pointer, bytes, simt::Memory::pinned, simt::settings().pinned_bytes);
+}
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMallocHost(pointer, bytes); }
 cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
 
 // Whether the device side of a copy is one allocation that holds all of it.
@@ -125,21 +137,33 @@ static bool on_device(const void* p, size_t bytes) {
     simt::HeapAnswer answer = simt::look_up(reinterpret_cast<uintptr_t>(p));
     return answer.state == simt::HeapState::inside && answer.end - reinterpret_cast<uintptr_t>(p) >= bytes;
 }
+// What the runtime does not know is the host's.
+static bool on_host(const void* p) {
+    return simt::look_up(reinterpret_cast<uintptr_t>(p)).state == simt::HeapState::foreign;
+}
+
+static bool can_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    if (kind == cudaMemcpyDefault)
+        return (on_host(to) || on_device(to, bytes)) && (on_host(from) || on_device(from, bytes));
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    return (!to_device || on_device(to, bytes)) && (!from_device || on_device(from, bytes));
+}
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     if (bytes == 0) return cudaSuccess;
-    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    if ((to_device && !on_device(to, bytes)) || (from_device && !on_device(from, bytes)))
-        return done(cudaErrorInvalidValue);
+    if (!can_copy(to, from, bytes, kind)) return done(cudaErrorInvalidValue);
     memmove(to, from, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    if (bytes == 0) return cudaSuccess;
     // Host memory may be gone when the graph runs.
-    if (simt::capturing() && kind != cudaMemcpyDeviceToDevice) return done(cudaErrorStreamCaptureUnsupported);
-    if (simt::capture([=] { return cudaMemcpy(to, from, bytes, kind); })) return cudaSuccess;
-    return cudaMemcpy(to, from, bytes, kind);
+    const bool stays =
+        kind == cudaMemcpyDeviceToDevice || (kind == cudaMemcpyDefault && !on_host(to) && !on_host(from));
+    if (simt::takes_part(stream) && !stays) return done(cudaErrorStreamCaptureUnsupported);
+    if (!can_copy(to, from, bytes, kind)) return done(cudaErrorInvalidValue);
+    return done(simt::give(stream, [=] { return cudaMemcpy(to, from, bytes, kind); }));
 }
 
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
@@ -157,47 +181,9 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
         memset(to, value, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-    if (simt::capture([=] { return cudaMemset(to, value, bytes); })) return cudaSuccess;
-    return cudaMemset(to, value, bytes);
-}
-
-struct CUstream_st {};
-struct CUevent_st {
-    std::chrono::steady_clock::time_point time;
-};
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-    *stream = new CUstream_st;
-    return cudaSuccess;
-}
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    delete stream;
-    return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return simt::capturing() ? done(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
-}
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaEventCreate(cudaEvent_t* event) {
-    *event = new CUevent_st{};
-    return cudaSuccess;
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    delete event;
-    return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
-    event->time = std::chrono::steady_clock::now();
-    return cudaSuccess;
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
-    *milliseconds = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
-    return cudaSuccess;
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0 && !on_device(to, bytes)) return done(cudaErrorInvalidValue);
+    return done(simt::give(stream, [=] { return cudaMemset(to, value, bytes); }));
 }
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {

@@ -443,7 +443,8 @@ Settings& settings() {
         s.seed = seed ? strtoull(seed, nullptr, 10) : 0;
         s.threads = threads ? atoi(threads) : static_cast<int>(std::thread::hardware_concurrency());
         if (s.threads < 1) s.threads = 1;
-        s.device_bytes = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
+        s.device_bytes = s.pinned_bytes =
+            static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
         return s;
     }();
     return all;

@@ -1,5 +1,5 @@
-// Stand-in for the CUDA runtime in the simt build: one device, whose memory is the machine's behind guard pages, and
-// whose streams do everything at once.
+// Stand-in for the CUDA runtime in the simt build: one device, whose memory is the machine's behind guard pages.
+// The oldest stream does everything at once, others as late as events allow (streams.cpp).
 #pragma once
 #include <cstddef>
 
@@ -14,7 +14,10 @@ enum cudaError_t {
     cudaErrorInvalidDevice = 101,
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
-    cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureUnjoined = 904,
+    cudaErrorStreamCaptureIsolation = 905,
+    cudaErrorCapturedEvent = 907
 };
 enum cudaStreamCaptureMode {
     cudaStreamCaptureModeGlobal,
