@@ -147,13 +147,13 @@ float* unpack(const bf16* p, float* stage, int count) {
 // The 256 elements from `begin` on.
 [[maybe_unused]] void pack_weights(bf16* p, const float* from, int64_t begin, int count, const OptimizerFactors& f) {
     alignas(64) uint32_t words[kCodeBlock / 2];
-    fill_noise(words, kCodeBlock / 8, f.seed, f.stream, begin / 8);
+    fill_noise(words, kCodeBlock / 8, f.seed, f.stream, (f.first + begin) / 8);
     round_by_noise<kCodeBlock>(p, from, words, count);
 }
 void pack_states(bf16* m, bf16* v, const float* m_from, const float* v_from, int64_t begin, int count,
                  const OptimizerFactors& f) {
     alignas(64) uint32_t words[kCodeBlock], m_words[kCodeBlock / 2], v_words[kCodeBlock / 2];
-    fill_noise(words, kCodeBlock / 4, f.seed, f.stream, kStateNoise + begin / 4);
+    fill_noise(words, kCodeBlock / 4, f.seed, f.stream, kStateNoise + (f.first + begin) / 4);
     for (int i = 0; i < kCodeBlock / 4; i++) {
         m_words[2 * i] = words[4 * i], m_words[2 * i + 1] = words[4 * i + 1];
         v_words[2 * i] = words[4 * i + 2], v_words[2 * i + 1] = words[4 * i + 3];

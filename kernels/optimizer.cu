@@ -54,7 +54,7 @@ template <bool kMaster> __device__ __forceinline__ void store_weights(const Arra
         store_quad(a.params, rounded, i, a.n, whole);
     } else {
         Philox noise = {};
-        if constexpr (sizeof(real) == 2) noise = quad_noise(f.seed, f.stream, 0, i);
+        if constexpr (sizeof(real) == 2) noise = quad_noise(f.seed, f.stream, f.first / 8, i);
 #pragma unroll
         for (int j = 0; j < 4; j++) assign_stochastically(weights[j], p[j], noise_half(noise, j));
     }
@@ -95,7 +95,7 @@ template <Rule rule, class State, bool kMaster> __global__ void __launch_bounds_
         if (i >= a.n) break;
         const bool whole = a.aligned && i + 4 <= a.n;
         Philox noise = {};
-        if constexpr (sizeof(State) == 2) noise = philox(f.seed, f.stream, kStateNoise + i / 4);
+        if constexpr (sizeof(State) == 2) noise = philox(f.seed, f.stream, kStateNoise + (f.first + i) / 4);
         float p[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {

@@ -16,8 +16,9 @@
 // Where p or a state is kept in bf16 alone, nearest rounding would swallow every change below half a step of bf16
 // (1/512 of the value): small updates of p, and all of v's decay at β2 = 0.999, since 0.001·v is less than that. They
 // are rounded stochastically instead, up or down by chance, such that their mean is the value: 16 random bits are added
-// below the bits that are kept. They are a function of (seed, tensor, t, i), the same in every build and for any
-// alignment, so a resumed run draws what it would have drawn.
+// below the bits that are kept. They are a function of (seed, tensor, t, first + i), the same in every build and for
+// any alignment, so a resumed run draws what it would have drawn, and a tensor updated in parts, each call's pointers
+// moved on by its `first`, ends with the bits of one call.
 //
 // 8-bit states: block b is the elements [256·b, 256·b + 256) of the tensor, the last may have fewer. Its new absmax is
 // the largest |m| (or v) of the block, at least FLT_MIN, so that an all-zero block divides by no zero; a state's new
@@ -44,6 +45,7 @@ struct Optimizer {
     uint32_t tensor = 0; // below 2^24: a number of its own for each tensor, lest two draw the same noise
     Rule rule = Rule::adamw;
     bool floor_v = true; // 8-bit AdamW only
+    int64_t first = 0;   // where in its tensor this call's part begins, a multiple of 256
 };
 
 // A tensor's states. Lion has no v: null.
@@ -75,8 +77,8 @@ struct OptimizerCounts {
 // master (n): the float weights, updated in place and rounded into params, nearest even; null when params hold the
 // weights themselves, which are then updated in place and rounded stochastically if they are bf16.
 // counts (1) `+=`; may be null. No two arrays overlap; each may begin at any address that its type allows, and the
-// fastest way needs multiples of 16 bytes. Throws std::invalid_argument for t < 1 and for states that are missing.
-// The same bits for any number of threads.
+// fastest way needs multiples of 16 bytes. Throws std::invalid_argument for t < 1, for states that are missing and
+// for a first that is no multiple of 256. The same bits for any number of threads.
 void optimizer_update(Stream stream, real* params, float* master, const States& states, Gradients grads,
                       const float* scale, OptimizerCounts* counts, int64_t n, const Optimizer& opt);
 
@@ -102,6 +104,7 @@ inline Cost optimizer_cost(int64_t n, Rule rule, StateType type, bool bf16_grads
 
 inline void check_optimizer(const States& states, const Optimizer& opt) {
     require(opt.t >= 1, "optimizer_update: t counts from 1");
+    require(opt.first >= 0 && opt.first % 256 == 0, "optimizer_update: a part begins at a multiple of 256");
     require(states.m && (states.v || opt.rule == Rule::lion), "optimizer_update: a state is missing");
     require(states.type != StateType::int8 || (states.m_absmax && (states.v_absmax || opt.rule == Rule::lion)),
             "optimizer_update: 8-bit states without their absmax");
@@ -109,14 +112,14 @@ inline void check_optimizer(const States& states, const Optimizer& opt) {
 
 struct OptimizerFactors {
     float beta1, beta2, eps, step, unbias_v, keep;
-    uint64_t seed, stream; // of the noise
+    uint64_t seed, stream, first; // of the noise
 
     // In double: 1 − β2ᵗ in float loses half its digits for β2 = 0.999 and small t. "adam" in the stream's upper half
     // keeps it apart from the run's other draws.
     explicit OptimizerFactors(const Optimizer& opt)
         : beta1(opt.beta1), beta2(opt.beta2), eps(opt.eps), step(opt.lr), unbias_v(1),
           keep(float(1 - double(opt.lr) * opt.weight_decay)), seed(opt.seed),
-          stream(uint64_t(0x6164616d) << 32 ^ uint64_t(opt.tensor) << 40 ^ uint64_t(opt.t)) {
+          stream(uint64_t(0x6164616d) << 32 ^ uint64_t(opt.tensor) << 40 ^ uint64_t(opt.t)), first(opt.first) {
         if (opt.rule == Rule::lion) return;
         step = float(opt.lr / (1 - std::pow(double(beta1), double(opt.t))));
         unbias_v = float(1 / (1 - std::pow(double(beta2), double(opt.t))));

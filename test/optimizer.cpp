@@ -203,6 +203,64 @@ TEST_CASE("updates are counted from 1") {
     CHECK_THROWS_AS(got.update(Vector<float>{1, 2, 3, 4}, 1, Optimizer{.lr = 1e-3f, .t = 0}), std::invalid_argument);
 }
 
+TEST_CASE("a part begins at a multiple of 256") {
+    State got(4);
+    for (int64_t first : {1, 255, 384, -256})
+        CHECK_THROWS_AS(got.update(Vector<float>{1, 2, 3, 4}, 1, Optimizer{.lr = 1e-3f, .first = first}),
+                        std::invalid_argument);
+}
+
+namespace {
+
+// What two steps make of a tensor that each of them updates in parts, from one of `cuts` to the next.
+struct InParts {
+    Vector<real> params;
+    Vector<float> weights, m_absmax, v_absmax;
+    Vector<uint8_t> m, v; // states of any type
+    Vector<OptimizerCounts> counts;
+
+    InParts(const std::vector<int64_t>& cuts, Rule rule, StateType type, bool master)
+        : params(random_normal<real>(cuts.back(), 2)), weights(random_normal<float>(cuts.back(), 2)),
+          m_absmax(absmax_count(cuts.back())), v_absmax(m_absmax), m(4 * cuts.back()), v(m), counts(1) {
+        const int64_t bytes = type == StateType::fp32 ? 4 : type == StateType::bf16 ? 2 : 1;
+        const Vector<float> scale = {0.5f};
+        for (int64_t t = 1; t <= 2; t++) {
+            Vector<float> grads = random_normal<float>(cuts.back(), t);
+            grads[3] = grads[1100] = NAN;
+            for (size_t part = 0; part + 1 < cuts.size(); part++) {
+                const int64_t i = cuts[part];
+                const States states{type, m.data() + bytes * i, v.data() + bytes * i, m_absmax.data() + i / 256,
+                                    v_absmax.data() + i / 256};
+                optimizer_update(nullptr, params.data() + i, master ? weights.data() + i : nullptr, states,
+                                 grads.data() + i, scale.data(), counts.data(), cuts[part + 1] - i,
+                                 {.lr = 1e-2f, .t = t, .seed = 9, .tensor = 4, .rule = rule, .first = i});
+            }
+        }
+    }
+};
+
+} // namespace
+
+TEST_CASE("a tensor updated part by part ends with the bits and counts of one call") {
+    const int64_t n = 256 * 9 + 77;
+    for (Rule rule : {Rule::adamw, Rule::lion})
+        for (StateType type : {StateType::fp32, StateType::bf16, StateType::int8})
+            for (bool master : {true, false}) {
+                CAPTURE(int(type));
+                CAPTURE(master);
+                const InParts whole({0, n}, rule, type, master);
+                const InParts parts({0, 256, 1024, 1792, n}, rule, type, master);
+                CHECK(check::same_bits(parts.params, whole.params));
+                CHECK(check::same_bits(parts.weights, whole.weights));
+                CHECK(check::same_bits(parts.m, whole.m));
+                CHECK(check::same_bits(parts.v, whole.v));
+                CHECK(check::same_bits(parts.m_absmax, whole.m_absmax));
+                CHECK(check::same_bits(parts.v_absmax, whole.v_absmax));
+                CHECK(check::same_bits(parts.counts, whole.counts));
+                CHECK(whole.counts[0].non_finite == 4);
+            }
+}
+
 TEST_CASE("the same bits on any number of threads") {
     State first(0);
     check::with_threads({1, 2, 3, 16}, [&](int threads) {
@@ -220,7 +278,7 @@ TEST_CASE("the same bits on any number of threads") {
 // A float's neighbours in bf16 and what chance makes of it, from the words of Philox: the contract once more.
 uint16_t rounded_by_chance(float x, const Optimizer& opt, int64_t i) {
     const uint64_t stream = (uint64_t(0x6164616d) << 32) ^ (uint64_t(opt.tensor) << 40) ^ uint64_t(opt.t);
-    const uint32_t word = philox(opt.seed, stream, uint64_t(i) >> 3).word[(i & 7) >> 1];
+    const uint32_t word = philox(opt.seed, stream, uint64_t(opt.first + i) >> 3).word[(i & 7) >> 1];
     const uint32_t noise = i & 1 ? word >> 16 : word & 0xffff;
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -257,11 +315,13 @@ template <class Real> void check_stochastic_rounding() {
                     CAPTURE(n);
                     CAPTURE(offset);
                     Rounded<Real> got(n);
-                    got.update(base, offset);
+                    Optimizer opt = base;
+                    opt.first = offset * ((int64_t(1) << 36) + 256);
+                    got.update(opt, offset);
                     int64_t wrong = 0, up = 0;
                     for (int64_t i = 0; i < n; i++) {
                         const float exact = Rounded<Real>::decayed(got.start[i]);
-                        wrong += got.weights[i].bits != rounded_by_chance(exact, base, i);
+                        wrong += got.weights[i].bits != rounded_by_chance(exact, opt, i);
                         up += got.weights[i].bits == got.start[i].bits;
                     }
                     CHECK(wrong == 0);
