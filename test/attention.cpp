@@ -1,11 +1,6 @@
 // kernels/attention against the oracle: values head by head in double, gradients by the plain formula in double, which
 // is itself held against the complex step.
-#include <sys/mman.h>
-
 #include "attention_problem.h"
-#ifdef LONGHAND_SIMT
-#include "../dev/simt/simt.h"
-#endif
 
 namespace {
 
@@ -453,64 +448,6 @@ TEST_CASE("scratch grows with the context, not with its square") {
         for (int64_t T : {16384, 32768}) {
             CHECK(scratch(2 * T).first <= 2.05 * scratch(T).first);
             CHECK(scratch(2 * T).second <= 2.05 * scratch(T).second);
-        }
-    }
-}
-
-TEST_CASE("addresses beyond 2^31 elements") {
-    // Rows scattered over a sparse mapping: only the pages that are touched exist. In turn the strides from token to
-    // token, head to head and sequence to sequence go beyond 2^31, and LSE's from sequence to sequence.
-#ifdef LONGHAND_SIMT
-    simt::SettingsGuard guard;
-    simt::settings().device_bytes = size_t{1} << 40; // of addresses
-#endif
-    constexpr int64_t B = 2, T = 66, H = 2, kFar = (int64_t(1) << 31) + 4096, kRow = 1024;
-    constexpr int64_t kElements = 2 * kFar + 4096 * kRow;
-    check::Huge<real> memory(kElements);
-    check::Huge<float> lse_memory(kFar + H * T);
-    real* base = memory.data();
-    float* lse = lse_memory.data();
-    madvise(base, kElements * sizeof(real), MADV_NOHUGEPAGE);
-    for (int64_t D : {32, 64}) {
-        Problem p({B, T, T, H, D}, 70);
-        Output<real> out = forward(p);
-        Backward<real> g = backward(p, out);
-        struct {
-            int64_t batch, token, head;
-        } strides[] = {{kFar / 2, (kFar / 64 + kRow) / kRow * kRow, D}, {T * kRow, kRow, kFar}, {kFar, kRow, D}};
-        for (auto& stride : strides) {
-            // The eight tensors interleave: each has its own D·H columns of a row.
-            auto place = [&](int64_t which) {
-                return Heads<real>{base + which * H * D, stride.batch, stride.token, stride.head};
-            };
-            auto in = [&](int64_t which) {
-                return Heads<const real>{place(which).data, stride.batch, stride.token, stride.head};
-            };
-            auto copy = [&](Tensor<real>& x, int64_t which, bool out_of) {
-                bool same = true;
-                for (int64_t b = 0; b < B; b++)
-                    for (int64_t t = 0; t < T; t++)
-                        for (int64_t h = 0; h < H; h++) {
-                            real *near = x.heads().row(b, t, h), *far = place(which).row(b, t, h);
-                            if (out_of)
-                                same = same && memcmp(near, far, D * sizeof(real)) == 0;
-                            else
-                                memcpy(far, near, D * sizeof(real));
-                        }
-                return same;
-            };
-            copy(p.q, 0, false), copy(p.k, 1, false), copy(p.v, 2, false), copy(p.dout, 3, false);
-            AttentionShape s = p.shape;
-            s.lse_batch = kFar;
-            Scratch scratch(std::max(attention_forward_scratch(s), attention_backward_scratch(s)));
-            attention_forward(nullptr, place(4), lse, in(0), in(1), in(2), p.scale, scratch.get(), s);
-            attention_backward(nullptr, place(5), place(6), place(7), in(3), in(0), in(1), in(2), in(4), lse, p.scale,
-                               scratch.get(), s);
-            CHECK(copy(out.o, 4, true));
-            CHECK(copy(g.dq, 5, true));
-            CHECK(copy(g.dk, 6, true));
-            CHECK(copy(g.dv, 7, true));
-            CHECK(memcmp(lse + kFar, out.lse.data() + H * T, H * T * sizeof(float)) == 0);
         }
     }
 }

@@ -177,8 +177,7 @@ inline BlockChoice blocks_at(double part, uint64_t each = 3) {
 
 // More elements than memory could hold, for offsets past 2^31. Untouched pages read as zero and cost nothing;
 // `mirrored` arrays may be written everywhere too: all but the last window are one and the same piece of memory, seen
-// many times. On a device it is managed memory, all of it; in the simt build kernels run a few of their blocks and so
-// write few pages.
+// many times. On a GPU it is managed memory, all of it.
 template <class T> class Huge {
 public:
     explicit Huge(int64_t n, bool mirrored = false) : bytes_((n * sizeof(T) / kWindow + 1) * kWindow) {
@@ -190,6 +189,8 @@ public:
             // A write here and there must not take two megabytes each time.
             if (mirrored)
                 madvise(reinterpret_cast<void*>(uintptr_t(data_) / kPage * kPage), n * sizeof(T), MADV_NOHUGEPAGE);
+            const uintptr_t first = (uintptr_t(data_) + kPage - 1) / kPage * kPage, end = uintptr_t(data_ + n);
+            if (kSimulated && mirrored && end > first) mirror(reinterpret_cast<char*>(first), end - first);
             return;
         }
         const int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -197,14 +198,7 @@ public:
         REQUIRE(at != MAP_FAILED);
         data_ = static_cast<T*>(at);
         madvise(at, bytes_, MADV_HUGEPAGE); // the shared huge page of zeros: a 512th of the faults
-        if (!mirrored) return;
-        int fd = memfd_create("mirrored", 0);
-        REQUIRE(fd >= 0);
-        REQUIRE(ftruncate(fd, kWindow) == 0);
-        for (size_t byte = 0; byte + 2 * kWindow <= bytes_; byte += kWindow)
-            REQUIRE(mmap(static_cast<char*>(at) + byte, kWindow, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd,
-                         0) != MAP_FAILED);
-        close(fd);
+        if (mirrored) mirror(static_cast<char*>(at), bytes_);
     }
     ~Huge() {
         if (!device_is_host())
@@ -220,6 +214,16 @@ private:
     static constexpr size_t kWindow = 64 << 20, kPage = 4096;
     size_t bytes_;
     T* data_;
+
+    // All but the last window or two of these bytes, from a page's start on.
+    static void mirror(char* at, size_t bytes) {
+        int fd = memfd_create("mirrored", 0);
+        REQUIRE(fd >= 0);
+        REQUIRE(ftruncate(fd, kWindow) == 0);
+        for (size_t byte = 0; byte + 2 * kWindow <= bytes; byte += kWindow)
+            REQUIRE(mmap(at + byte, kWindow, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) != MAP_FAILED);
+        close(fd);
+    }
 };
 
 } // namespace check

@@ -218,3 +218,14 @@ TEST_CASE("more than 2^31 logits: the last rows are right" * doctest::test_suite
     CHECK(std::equal(want.begin(), want.end(), losses.end() - tail));
     CHECK(memcmp(&logits[(N - tail) * Vp], in.logits.data(), tail * Vp * sizeof(real)) == 0);
 }
+
+// One block adds them all, which would keep the simulator busy for hours.
+TEST_CASE("more than 2^31 losses: the last ones count" * doctest::test_suite("long") *
+          doctest::skip(check::kSimulated)) {
+    const int64_t N = (int64_t(1) << 31) + 1001;
+    check::Huge<float> losses(N);
+    losses[0] = 1, losses[int64_t(1) << 31] = 2, losses[N - 1] = 4;
+    Vector<double> total = {0.5};
+    classifier_add_losses(nullptr, total.data(), losses.data(), 2, N);
+    CHECK(total[0] == 14.5);
+}

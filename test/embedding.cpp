@@ -287,13 +287,50 @@ TEST_CASE("outputs and gradients of more than 2^31 elements") {
     }
     CHECK(wrong == 0);
 
-    // Forward takes whole rows: narrow ones, and many.
-    const int64_t width = 64, N = (int64_t{1} << 31) / width + 5;
-    check::Huge<real> out(N * width);
-    check::Huge<int32_t> many(N);
-    many[N - 1] = 1;
-    simt::settings().blocks = simt::some_blocks(1);
-    embedding_forward(nullptr, out.data(), many.data(), wte.data() + C - width, nullptr, {1, N, width});
-    for (int64_t i = 0; i < width; i++) CHECK(to_float(out[(N - 1) * width + i]) == to_float(wte[C + i]));
+}
+
+// A token more than 2^31, which only the forward pass takes.
+TEST_CASE("more than 2^31 tokens forward") {
+    const int64_t N = (int64_t{1} << 31) + 5;
+    check::Huge<real> out(N);
+    check::Huge<int32_t> tokens(N), positions(N);
+    const Vector<real> wte = random_normal<real>(2, 1), wpe = random_normal<real>(3, 2);
+    tokens[N - 1] = 1, positions[N - 1] = 2;
+    EmbeddingShape shape{1, N, 1};
+    shape.positions = positions.data();
+    check::OnlyBlocks some(check::blocks_at(0.5));
+    embedding_forward(nullptr, out.data(), tokens.data(), wte.data(), wpe.data(), shape);
+    real sum;
+    assign(sum, to_float(wte[1]) + to_float(wpe[2]));
+    CHECK(to_float(out[N - 1]) == to_float(sum));
 }
 #endif
+
+TEST_CASE("rows of more than 2^31 elements out and back: the last tokens are right" *
+          doctest::test_suite(check::kSimulated ? "" : "long")) {
+    // Tokens of the last row and of the first, where all others add zeros.
+    const int64_t C = 4096, B = 3, T = ((int64_t(1) << 31) / C + 5) / B + 1, N = B * T, tail = 2 * C;
+    check::Huge<real> dout(check::kSimulated ? 1 : N * C), out(N * C, true);
+    Vector<int32_t> tokens(N);
+    tokens[N - 1] = 1, tokens[N - 2] = 2;
+    const Vector<real> wte = random_normal<real>(3 * C, 1), values = random_normal<real>(tail, 2);
+    check::Huge<real> wpe(T * C);
+    const EmbeddingShape shape{B, T, C};
+    check::OnlyBlocks some(check::blocks_at(0.5));
+    embedding_forward(nullptr, out.data(), tokens.data(), wte.data(), wpe.data(), shape);
+    CHECK(memcmp(&out[N * C - C], &wte[C], C * sizeof(real)) == 0);
+    CHECK(memcmp(&out[N * C - 2 * C], &wte[2 * C], C * sizeof(real)) == 0);
+    if (check::kSimulated) return; // gradients are above, where the sort has fewer tokens
+    Vector<float> dwte(3 * C);
+    check::Huge<float> dwpe(T * C, true);
+    std::copy(values.begin(), values.end(), &dout[N * C - tail]);
+    check::Scratch scratch(embedding_backward_scratch(shape));
+    embedding_backward(nullptr, dwte.data(), dwpe.data(), dout.data(), tokens.data(), scratch, shape);
+    int64_t wrong = 0;
+    for (int64_t c = 0; c < C; c++) {
+        const float before_last = to_float(values[c]), last = to_float(values[C + c]);
+        wrong += dwte[2 * C + c] != before_last || dwte[C + c] != last || dwte[c] != 0;
+        wrong += dwpe[(T - 2) * C + c] != before_last || dwpe[(T - 1) * C + c] != last;
+    }
+    CHECK(wrong == 0);
+}

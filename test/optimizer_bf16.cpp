@@ -133,3 +133,72 @@ TEST_CASE("bf16 states: another step, seed or tensor is another noise; the same 
     }
     check::with_threads({1, 2, 3, 16}, [&](int) { CHECK(check::same_bits(moments(base), first)); });
 }
+
+TEST_CASE("more than 2^31 bf16 states: the last ones are right" *
+          doctest::test_suite(check::kSimulated ? "" : "long")) {
+    const int64_t n = (int64_t(1) << 31) + 100003, tail = 1000;
+    const Vector<bf16> grads = [] {
+        Vector<bf16> g;
+        for (float x : random_normal<float>(tail, 3)) g.push_back(to_bf16(x));
+        return g;
+    }();
+    // Zeros under zero gradients stay zeros, so the mirrored part may be updated in any order.
+    check::Huge<float> weights(n, true);
+    check::Huge<bf16> m(n, true), v(n, true), g(n);
+    check::Huge<real> params(kMaster ? n : 1, true);
+    memcpy(&g[n - tail], grads.data(), tail * sizeof(bf16));
+    const Vector<float> scale = {1}, start = random_normal<float>(tail, 1);
+    for (Rule rule : {Rule::adamw, Rule::lion}) {
+        if (rule == Rule::lion && !check::kSimulated) continue; // no other code on the CPU
+        const Optimizer opt{.lr = 1e-2f, .t = 1, .seed = 77, .tensor = 3, .rule = rule};
+        memcpy(&weights[n - tail], start.data(), tail * sizeof(float));
+        std::fill(&m[n - tail], &m[n - 1] + 1, bf16{}), std::fill(&v[n - tail], &v[n - 1] + 1, bf16{});
+        // The same step of the last ones with float states.
+        Vector<float> want = start, floats_m(tail), floats_v(tail);
+        Vector<real> unused(tail);
+        optimizer_update(nullptr, kMaster ? unused.data() : reinterpret_cast<real*>(want.data()),
+                         kMaster ? want.data() : nullptr, {StateType::fp32, floats_m.data(), floats_v.data()},
+                         grads.data(), scale.data(), nullptr, tail, opt);
+        check::OnlyBlocks some(check::blocks_at(double(int64_t(1) << 31) / n));
+        optimizer_update(nullptr, kMaster ? params.data() : reinterpret_cast<real*>(weights.data()),
+                         kMaster ? weights.data() : nullptr, {StateType::bf16, m.data(), v.data()}, g.data(),
+                         scale.data(), nullptr, n, opt);
+        CHECK(memcmp(&weights[n - tail], want.data(), tail * sizeof(float)) == 0);
+        int64_t wrong = 0;
+        for (int64_t k = 0, i = n - tail; k < tail; k++, i++) {
+            wrong += m[i].bits != by_chance(floats_m[k], opt, i, i % 4).bits;
+            if (rule == Rule::adamw) wrong += v[i].bits != by_chance(floats_v[k], opt, i, 4 + i % 4).bits;
+        }
+        CHECK(wrong == 0);
+    }
+}
+
+// bf16 weights that are rounded by chance have no float beside them.
+TEST_CASE("more than 2^31 bf16 weights without masters: the last ones are right" *
+          doctest::test_suite(check::kSimulated ? "" : "long") * doctest::skip(!kMaster)) {
+    const int64_t n = (int64_t(1) << 31) + 100003, tail = 1000;
+    check::Huge<real> weights(n, true);
+    check::Huge<bf16> m(n, true), v(n, true), g(n);
+    const Vector<float> scale = {1}, grads = random_normal<float>(tail, 3);
+    Vector<float> want = random_normal<float>(tail, 1), floats_m(tail), floats_v(tail);
+    Vector<real> unused(tail);
+    for (int64_t k = 0; k < tail; k++) {
+        assign(weights[n - tail + k], want[k]), want[k] = to_float(weights[n - tail + k]);
+        g[n - tail + k] = to_bf16(grads[k]);
+    }
+    const Optimizer opt{.lr = 1e-2f, .t = 1, .seed = 77, .tensor = 3};
+    optimizer_update(nullptr, unused.data(), want.data(), {StateType::fp32, floats_m.data(), floats_v.data()},
+                     &g[n - tail], scale.data(), nullptr, tail, opt);
+    check::OnlyBlocks some(check::blocks_at(double(int64_t(1) << 31) / n));
+    optimizer_update(nullptr, weights.data(), nullptr, {StateType::bf16, m.data(), v.data()}, g.data(), scale.data(),
+                     nullptr, n, opt);
+    int64_t wrong = 0;
+    for (int64_t k = 0, i = n - tail; k < tail; k++, i++) {
+        const uint64_t stream = (uint64_t(0x6164616d) << 32) ^ (uint64_t(opt.tensor) << 40) ^ uint64_t(opt.t);
+        const uint32_t word = philox(opt.seed, stream, uint64_t(i) / 8).word[i % 8 / 2];
+        const uint32_t noise = i % 2 ? word >> 16 : word & 0xffff;
+        const bf16 rounded{static_cast<uint16_t>((std::bit_cast<uint32_t>(want[k]) + noise) >> 16)};
+        wrong += to_float(weights[i]) != to_float(rounded);
+    }
+    CHECK(wrong == 0);
+}
