@@ -21,6 +21,7 @@
 #include "kernels/layernorm.h"
 #include "kernels/matmul.h"
 #include "runtime/errors.h"
+#include "runtime/plan.h"
 #include "runtime/random.h"
 #include "runtime/transformer.h"
 
@@ -115,32 +116,33 @@ FileType read_config(const MappedFile& file, Gpt2Config& config) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Activations
 
-// What forward leaves for backward. Arrays are over layers; without training only qkv is, as the KV cache of sampling.
+// A block's own, beside what it hands on (runtime/activations.h). Without recomputation each layer keeps them for its
+// backward pass; else they are made again there, a chunk of tokens and a group of heads at a time.
 struct Activations {
-    int32_t* positions;                         // (N) rows of wpe, where positions are tied
-    real* x0;                                   // (N,C) embeddings
-    real *ln1, *qkv, *atty;                     // (L,N,C), (L,N,3C), (L,N,C)
-    real *x1, *ln2, *fch, *gelu, *x2;           // (L,N,C), (L,N,C), (L,N,4C), (L,N,4C), (L,N,C)
-    real* branch;                               // (N,C) what a branch adds to the residual
-    float *mean1, *rstd1, *mean2, *rstd2, *lse; // (L,N) … (L,B,H,T)
-    float *meanf, *rstdf;                       // (N)
+    int32_t* positions;            // (N) rows of wpe, where positions are tied
+    Rows<real> qkv;                // 3·G·D of all tokens
+    Rows<real> x1, ln2, fch, gelu; // C, C, 4C, 4C; fch in training only
+    Rows<real> branch;             // C, what a branch adds to the residual
+    Statistics mean2, rstd2;
 };
 
 struct ActivationGradients {
-    real *x, *ln, *qkv, *fch; // (N,C), (N,C), (N,3C), (N,4C)
+    real *atty, *qkv;    // (N,C), (N,3·G·D)
+    Rows<real> ln2, fch; // C, 4C
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 class Gpt2 : public Transformer {
 public:
-    Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training,
-         const TrainingMemory& memory = {});
+    Gpt2(const Device& device, const Gpt2Config& config, const Setup& setup);
     void init_weights(uint64_t seed);
     // `from` is the file's own configuration; a longer wpe than its is filled as `positions` says.
     void read_file(const MappedFile& file, FileType type, const Gpt2Config& from, const Options& options);
 
+    void allocate() override;
     Cost step_cost(int64_t B) const override;
+    Work work(int64_t B) const override;
     const Family& family() const override { return kGpt2Family; }
     std::string describe() const override;
 
@@ -150,44 +152,46 @@ private:
     ActivationGradients d_{};
 
     EmbeddingShape embedding_shape(int64_t B, int64_t start, int64_t T) const;
-    void forward(int64_t B, int64_t start, int64_t T) override;
+    void forward(int64_t B, int64_t start, int64_t T, Pass pass) override;
     void backward(int64_t B) override;
+    void project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N);
+    template <class T> Heads<T> qkv_part(T* qkv, int part, int64_t tokens, int64_t G) const;
+    void attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass);
+    void mlp_hidden(int64_t l, int64_t n, int64_t K);
+    void mlp(int64_t l, int64_t N);
+    void mlp_backward(int64_t l, int64_t N);
+    void attention_gradients(int64_t l, int64_t B);
     Header header() const override;
 };
 
-Gpt2::Gpt2(const Device& device, const Gpt2Config& config, int64_t B, int64_t T, bool training,
-           const TrainingMemory& memory)
-    : Transformer(device, config, gpt2_tensors(config), wte, B, T, training, memory), c_(config) {
-    int64_t C = c_.C, L = training ? c_.L : 1, N = N_, G = training ? N_ : 0;
-    arena_.place(a_.positions, c_.tied ? N : 0, "positions");
-    arena_.place(a_.x0, N * C, "embeddings");
-    arena_.place(a_.ln1, L * N * C, "ln1");
-    arena_.place(a_.qkv, c_.L * N * 3 * C, "qkv");
-    arena_.place(a_.atty, L * N * C, "attention");
-    arena_.place(a_.lse, L * N * c_.H, "log-sum-exp");
-    arena_.place(a_.x1, L * N * C, "residual after attention");
-    arena_.place(a_.ln2, L * N * C, "ln2");
-    arena_.place(a_.fch, training ? L * N * 4 * C : 0, "fc before GELU");
-    arena_.place(a_.gelu, L * N * 4 * C, "fc after GELU");
-    arena_.place(a_.x2, L * N * C, "residual after MLP");
-    for (float** stats : {&a_.mean1, &a_.rstd1, &a_.mean2, &a_.rstd2})
-        arena_.place(*stats, L * N, "LayerNorm statistics");
-    for (float** stats : {&a_.meanf, &a_.rstdf}) arena_.place(*stats, N, "LayerNorm statistics");
-    arena_.place(a_.branch, N * C, "branch");
-    arena_.place(d_.x, G * C, "gradient of the residual");
-    arena_.place(d_.ln, G * C, "gradient of LayerNorm outputs");
-    arena_.place(d_.qkv, G * 3 * C, "gradient of qkv");
-    arena_.place(d_.fch, G * 4 * C, "gradient of fc");
-    AttentionShape shape = attention_shape(B, 0, T);
-    size_t scratch = attention_forward_scratch(shape);
-    if (training)
-        scratch = std::max({scratch, attention_backward_scratch(shape), layernorm_backward_scratch(N, C),
-                            embedding_backward_scratch(embedding_shape(B, 0, T))});
-    commit(scratch);
+Gpt2::Gpt2(const Device& device, const Gpt2Config& config, const Setup& setup)
+    : Transformer(device, config, gpt2_tensors(config), {wte, ln1w, lnfw}, setup), c_(config) {
+    const int64_t C = C_, qkv_width = 3 * G_ * c_.D();
+    const Phases mlp = kForward | kMlpBackward, attention = kForward | kAttentionBackward;
+    arena_.section("work space");
+    arena_.place(a_.positions, c_.tied ? N_ : 0, "positions");
+    place_kept(a_.qkv, qkv_width, "qkv", attention, true);
+    place_kept(a_.x1, C, "residual after attention", mlp);
+    place_kept(a_.ln2, C, "ln2", mlp);
+    if (training_) place_kept(a_.fch, 4 * C, "fc before GELU", mlp);
+    place_kept(a_.gelu, 4 * C, "fc after GELU", mlp);
+    for (Statistics* stats : {&a_.mean2, &a_.rstd2}) place_kept(*stats, 1, "LayerNorm statistics", mlp);
+    place_work(a_.branch, C, "branch", mlp);
+    if (!training_) return;
+    arena_.section("work space", kBackward);
+    arena_.place_reals(d_.atty, N_ * C, "gradient of attention");
+    arena_.section("work space", kAttentionBackward);
+    arena_.place_reals(d_.qkv, N_ * qkv_width, "gradient of qkv");
+    place_work(d_.ln2, C, "gradient of ln2", kMlpBackward);
+    place_work(d_.fch, 4 * C, "gradient of fc", kMlpBackward);
+}
+
+void Gpt2::allocate() {
+    Transformer::allocate();
     if (!c_.tied) return;
-    std::vector<int32_t> positions(N);
-    for (int64_t n = 0; n < N; n++) positions[n] = int32_t(n % T % c_.maxT);
-    upload(device, a_.positions, positions.data(), N * sizeof(int32_t));
+    std::vector<int32_t> positions(N_);
+    for (int64_t n = 0; n < N_; n++) positions[n] = int32_t(n % T_ % c_.maxT);
+    upload(device_, a_.positions, positions.data(), N_ * sizeof(int32_t));
 }
 
 // GPT-2's: normal(0.02); the two projections into the residual stream scaled down by sqrt(2L); biases 0, LayerNorm 1.
@@ -258,81 +262,148 @@ EmbeddingShape Gpt2::embedding_shape(int64_t B, int64_t start, int64_t T) const 
     return shape;
 }
 
-void Gpt2::forward(int64_t B, int64_t start, int64_t T) {
-    int64_t C = c_.C, N = B * T, S = start;
-    Stream s = device_.stream;
-    Matmul* mm = device_.matmul;
-    embedding_forward(s, a_.x0 + S * C, tokens_ + S, w(wte), w(wpe), embedding_shape(B, start, T));
-    layernorm_forward(s, at(a_.ln1, 0, C) + S * C, at(a_.mean1, 0, 1) + S, at(a_.rstd1, 0, 1) + S, a_.x0 + S * C,
-                      w(ln1w), w(ln1b), N, C);
-    const real* x = a_.x0 + S * C;
-    for (int64_t l = 0; l < c_.L; l++) {
-        real *ln1 = at(a_.ln1, l, C) + S * C, *atty = at(a_.atty, l, C) + S * C, *x1 = at(a_.x1, l, C) + S * C;
-        real *ln2 = at(a_.ln2, l, C) + S * C, *x2 = at(a_.x2, l, C) + S * C;
-        real* gelu = at(a_.gelu, l, 4 * C) + S * 4 * C;
-        real* fch = training_ ? at(a_.fch, l, 4 * C) + S * 4 * C : nullptr;
-        real* qkv = a_.qkv + l * N_ * 3 * C; // from row 0: keys and values of all rows so far
-
-        matmul_forward(mm, qkv + S * 3 * C, nullptr, ln1, w(qkvw, l), w(qkvb, l), N, C, 3 * C);
-        int64_t D = c_.D(), batch = T * 3 * C;
-        Heads<const real> q{qkv + S * 3 * C, batch, 3 * C, D}, k{qkv + C, batch, 3 * C, D},
-            v{qkv + 2 * C, batch, 3 * C, D};
-        attention_forward(s, {atty, T * C, C, D}, at(a_.lse, l, c_.H), q, k, v, 1 / std::sqrt(float(D)), scratch_,
-                          attention_shape(B, start, T));
-        matmul_forward(mm, a_.branch, nullptr, atty, w(attprojw, l), w(attprojb, l), N, C, C);
-        residual_layernorm_forward(s, x1, ln2, at(a_.mean2, l, 1) + S, at(a_.rstd2, l, 1) + S, x, a_.branch, w(ln2w, l),
-                                   w(ln2b, l), N, C);
-
-        matmul_forward(mm, gelu, fch, ln2, w(fcw, l), w(fcb, l), N, C, 4 * C, Gelu::tanh);
-        matmul_forward(mm, a_.branch, nullptr, gelu, w(fcprojw, l), w(fcprojb, l), N, 4 * C, C);
-        // The LayerNorm that follows the block: the next block's first, or the last one.
-        bool last = l + 1 == c_.L;
-        real* next = (last ? lnf_ : at(a_.ln1, l + 1, C)) + S * C;
-        float* mean = (last ? a_.meanf : at(a_.mean1, l + 1, 1)) + S;
-        float* rstd = (last ? a_.rstdf : at(a_.rstd1, l + 1, 1)) + S;
-        residual_layernorm_forward(s, x2, next, mean, rstd, x1, a_.branch, last ? w(lnfw) : w(ln1w, l + 1),
-                                   last ? w(lnfb) : w(ln1b, l + 1), N, C);
-        x = x2;
+void Gpt2::forward(int64_t B, int64_t start, int64_t T, Pass pass) {
+    embedding_forward(device_.stream, x(0), tokens_, w(wte), w(wpe), embedding_shape(B, start, T));
+    forget_ln1();
+    for (int64_t l = 0; l < L_; l++) {
+        residuals_.enter_forward(l, pass == Pass::training);
+        attention(l, B, start, T, pass);
+        residuals_.made_attention(l, pass == Pass::training);
+        mlp(l, B * T);
     }
 }
 
 void Gpt2::backward(int64_t B) {
-    int64_t C = c_.C, T = T_, N = B * T, D = c_.D();
-    Stream s = device_.stream;
-    Matmul* mm = device_.matmul;
-    fill_zero(device_, d_.x, N * C * sizeof(real));
-    layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), dlnf_, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
-                       scratch_, N, C);
-    for (int64_t l = c_.L - 1; l >= 0; l--) {
-        const real* x = l ? at(a_.x2, l - 1, C) : a_.x0; // the block's input
-
-        matmul_backward_weight(mm, dw(fcprojw, l), dw(fcprojb, l), d_.x, at(a_.gelu, l, 4 * C), N, 4 * C, C);
-        matmul_backward_input(mm, d_.fch, d_.x, w(fcprojw, l), at(a_.fch, l, 4 * C), N, 4 * C, C, Gelu::tanh);
-        matmul_backward_weight(mm, dw(fcw, l), dw(fcb, l), d_.fch, at(a_.ln2, l, C), N, C, 4 * C);
-        matmul_backward_input(mm, d_.ln, d_.fch, w(fcw, l), nullptr, N, C, 4 * C);
-        layernorm_backward(s, d_.x, dw(ln2w, l), dw(ln2b, l), d_.ln, at(a_.x1, l, C), w(ln2w, l), at(a_.mean2, l, 1),
-                           at(a_.rstd2, l, 1), scratch_, N, C);
-
-        const real *qkv = a_.qkv + l * N_ * 3 * C, *atty = at(a_.atty, l, C);
-        matmul_backward_weight(mm, dw(attprojw, l), dw(attprojb, l), d_.x, atty, N, C, C);
-        matmul_backward_input(mm, d_.ln, d_.x, w(attprojw, l), nullptr, N, C, C);
-        int64_t batch = T * 3 * C;
-        Heads<const real> q{qkv, batch, 3 * C, D}, k{qkv + C, batch, 3 * C, D}, v{qkv + 2 * C, batch, 3 * C, D};
-        Heads<real> dq{d_.qkv, batch, 3 * C, D}, dk{d_.qkv + C, batch, 3 * C, D}, dv{d_.qkv + 2 * C, batch, 3 * C, D};
-        attention_backward(s, dq, dk, dv, {d_.ln, T * C, C, D}, q, k, v, {atty, T * C, C, D}, at(a_.lse, l, c_.H),
-                           1 / std::sqrt(float(D)), scratch_, attention_shape(B, 0, T));
-        matmul_backward_weight(mm, dw(qkvw, l), dw(qkvb, l), d_.qkv, at(a_.ln1, l, C), N, C, 3 * C);
-        matmul_backward_input(mm, d_.ln, d_.qkv, w(qkvw, l), nullptr, N, C, 3 * C);
-        layernorm_backward(s, d_.x, dw(ln1w, l), dw(ln1b, l), d_.ln, x, w(ln1w, l), at(a_.mean1, l, 1),
-                           at(a_.rstd1, l, 1), scratch_, N, C);
-        layer_done(l);
+    for (int64_t l = L_ - 1; l >= 0; l--) {
+        enter_backward(l);
+        if (!keeps_attention()) {
+            attention(l, B, 0, T_, Pass::training);
+            forget_ln1(); // the MLP's work space may lie where it is
+        }
+        mlp_backward(l, B * T_);
+        attention_gradients(l, B);
+        leave_backward(l);
     }
-    embedding_backward(s, dw(wte), dw(wpe), d_.x, tokens_, scratch_, embedding_shape(B, 0, T));
+    embedding_backward(device_.stream, dw(wte), dw(wpe), dx_, tokens_, scratch_, embedding_shape(B, 0, T_));
+}
+
+// Queries (part 0), keys or values of G heads: rows of q, k and v side by side where they are all heads, as GPT-2's
+// weights have them, else the three one after the other, `tokens` rows each.
+template <class T> Heads<T> Gpt2::qkv_part(T* qkv, int part, int64_t tokens, int64_t G) const {
+    const int64_t D = c_.D(), width = G * D;
+    return G == H_ ? Heads<T>{qkv + part * width, T_ * 3 * width, 3 * width, D}
+                   : Heads<T>{qkv + part * tokens * width, T_ * width, width, D};
+}
+
+// qkv := queries, keys and values of heads h … h+G of N tokens.
+void Gpt2::project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N) {
+    const int64_t D = c_.D();
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        const real* input = ln1(l, n, K);
+        if (G == H_) {
+            matmul_forward(device_.matmul, qkv + n * 3 * C_, nullptr, input, w(qkvw, l), w(qkvb, l), K, C_, 3 * C_);
+            return;
+        }
+        for (int part = 0; part < 3; part++)
+            matmul_forward(device_.matmul, qkv_part(qkv, part, N_, G).data + n * G * D, nullptr, input,
+                           w(qkvw, l) + (part * C_ + h * D) * C_, w(qkvb, l) + part * C_ + h * D, K, C_, G * D);
+    });
+    made_ln1(l);
+}
+
+// x(l) to O and LSE. In sampling keys and values of the tokens before `start` are in the cache.
+void Gpt2::attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass) {
+    const int64_t D = c_.D();
+    auto group = [&](real* rows, int64_t h, int64_t G) {
+        real* own = rows + start * 3 * C_;
+        project_qkv(own, l, h, G, B * T);
+        auto part = [&](const real* qkv, int part) { return qkv_part(qkv, part, N_, G); };
+        attention_forward(device_.stream, {atty(l) + h * D, T * C_, C_, D}, lse(l) + h * T, part(own, 0), part(rows, 1),
+                          part(rows, 2), 1 / std::sqrt(float(D)), attention_scratch_, attention_shape(B, start, T, G));
+    };
+    if (pass == Pass::sampling)
+        group(cache_.at(l, 0), 0, H_);
+    else
+        for_head_groups([&](int64_t h, int64_t G) { group(a_.qkv.at(l, 0), h, G); });
+}
+
+// O to what fcproj takes, for tokens n … n+K.
+void Gpt2::mlp_hidden(int64_t l, int64_t n, int64_t K) {
+    Matmul* mm = device_.matmul;
+    real* branch = a_.branch.at(0, n);
+    matmul_forward(mm, branch, nullptr, atty(l) + n * C_, w(attprojw, l), w(attprojb, l), K, C_, C_);
+    residual_layernorm_forward(device_.stream, a_.x1.at(l, n), a_.ln2.at(l, n), a_.mean2.at(l, n), a_.rstd2.at(l, n),
+                               x(l) + n * C_, branch, w(ln2w, l), w(ln2b, l), K, C_);
+    matmul_forward(mm, a_.gelu.at(l, n), a_.fch.at(l, n), a_.ln2.at(l, n), w(fcw, l), w(fcb, l), K, C_, 4 * C_,
+                   Gelu::tanh);
+}
+
+// O to x(l+1), and the LayerNorm that follows the block: the next block's first, or the last one.
+void Gpt2::mlp(int64_t l, int64_t N) {
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        real* branch = a_.branch.at(0, n);
+        mlp_hidden(l, n, K);
+        matmul_forward(device_.matmul, branch, nullptr, a_.gelu.at(l, n), w(fcprojw, l), w(fcprojb, l), K, 4 * C_, C_);
+        end_block(l, n, K, a_.x1.at(l, n), branch);
+    });
+    made_ln1(l + 1);
+}
+
+// From the gradient of x(l+1), in dx_, to that of O, and dx_ on to the residual before the MLP.
+void Gpt2::mlp_backward(int64_t l, int64_t N) {
+    Matmul* mm = device_.matmul;
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        if (!keeps_all_) mlp_hidden(l, n, K);
+        real *dx = dx_ + n * C_, *dfch = d_.fch.at(0, n), *dln2 = d_.ln2.at(0, n);
+        matmul_backward_weight(mm, dw(fcprojw, l), dw(fcprojb, l), dx, a_.gelu.at(l, n), K, 4 * C_, C_);
+        matmul_backward_input(mm, dfch, dx, w(fcprojw, l), a_.fch.at(l, n), K, 4 * C_, C_, Gelu::tanh);
+        matmul_backward_weight(mm, dw(fcw, l), dw(fcb, l), dfch, a_.ln2.at(l, n), K, C_, 4 * C_);
+        matmul_backward_input(mm, dln2, dfch, w(fcw, l), nullptr, K, C_, 4 * C_);
+        layernorm_backward(device_.stream, dx, dw(ln2w, l), dw(ln2b, l), dln2, a_.x1.at(l, n), w(ln2w, l),
+                           a_.mean2.at(l, n), a_.rstd2.at(l, n), scratch_, K, C_);
+        matmul_backward_weight(mm, dw(attprojw, l), dw(attprojb, l), dx, atty(l) + n * C_, K, C_, C_);
+        matmul_backward_input(mm, d_.atty + n * C_, dx, w(attprojw, l), nullptr, K, C_, C_);
+    });
+}
+
+// From the gradient of O to that of x(l).
+void Gpt2::attention_gradients(int64_t l, int64_t B) {
+    const int64_t N = B * T_, D = c_.D(), batch = T_ * C_;
+    Matmul* mm = device_.matmul;
+    for_head_groups([&](int64_t h, int64_t G) {
+        real* qkv = a_.qkv.at(l, 0);
+        if (!keeps_all_) project_qkv(qkv, l, h, G, N);
+        auto in = [&](int part) { return qkv_part<const real>(qkv, part, N_, G); };
+        auto out = [&](int part) { return qkv_part(d_.qkv, part, N_, G); };
+        attention_backward(device_.stream, out(0), out(1), out(2), {d_.atty + h * D, batch, C_, D}, in(0), in(1), in(2),
+                           {atty(l) + h * D, batch, C_, D}, lse(l) + h * T_, 1 / std::sqrt(float(D)),
+                           attention_backward_scratch_, attention_shape(B, 0, T_, G));
+        for_chunks(N, [&](int64_t n, int64_t K) {
+            const real* input = ln1(l, n, K);
+            real* dinput = dln1_ + n * C_;
+            if (G == H_) {
+                const real* dout = d_.qkv + n * 3 * C_;
+                matmul_backward_weight(mm, dw(qkvw, l), dw(qkvb, l), dout, input, K, C_, 3 * C_);
+                matmul_backward_input(mm, dinput, dout, w(qkvw, l), nullptr, K, C_, 3 * C_);
+                return;
+            }
+            for (int part = 0; part < 3; part++) {
+                const int64_t row = part * C_ + h * D; // of the weights
+                const real *dout = out(part).data + n * G * D, *weights = w(qkvw, l) + row * C_;
+                matmul_backward_weight(mm, dw(qkvw, l) + row * C_, dw(qkvb, l) + row, dout, input, K, C_, G * D);
+                if (row == 0)
+                    matmul_backward_input(mm, dinput, dout, weights, nullptr, K, C_, G * D);
+                else
+                    matmul_backward_input_add(mm, dinput, dout, weights, K, C_, G * D);
+            }
+        });
+    });
+    ln1_backward(l, N);
 }
 
 Cost Gpt2::step_cost(int64_t B) const {
     int64_t C = c_.C, N = B * T_;
-    AttentionShape shape = attention_shape(B, 0, T_);
+    AttentionShape shape = attention_shape(B, 0, T_, H_);
     Cost norms = layernorm_forward_cost(N, C) + layernorm_backward_cost(N, C);
     Cost block = linear_cost(N, C, 3 * C) + linear_cost(N, C, C) + linear_cost(N, C, 4 * C) + linear_cost(N, 4 * C, C) +
                  attention_forward_cost(shape) + attention_backward_cost(shape) + 2 * norms +
@@ -342,31 +413,44 @@ Cost Gpt2::step_cost(int64_t B) const {
            embedding_backward_cost(embedding, true);
 }
 
+Work Gpt2::work(int64_t B) const {
+    EmbeddingShape embedding = embedding_shape(B, 0, T_);
+    Work work = blocks_work(B, false, {}, {});
+    work.other = work.other + embedding_forward_cost(embedding, true);
+    if (training_) work.other = work.other + embedding_backward_cost(embedding, true);
+    return work;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 void run_gpt2(int argc, char** argv) {
     Options options = parse_options(argc, argv, kGpt2Family);
     Start start = find_start(options);
-    Gpt2Config config, from; // the model's, its weights file's
+    Gpt2Config from; // the weights file's
     std::optional<MappedFile> file;
     FileType type = FileType::fp32;
-    int64_t T = options.context;
-    if (start.weights.empty()) {
-        config = config_from_options(options);
-    } else {
+    if (!start.weights.empty()) {
         type = read_config(file.emplace(start.weights), from);
         check_vocab(options, from.V, start.weights);
-        config = stretch(from, options, T ? T : std::max(from.maxT, from.tied), start.weights);
     }
-    if (!T) T = std::max(config.maxT, config.tied);
+    auto make = [&](const Device& device, const Options& o) {
+        int64_t T = o.context;
+        Gpt2Config config = start.weights.empty()
+                                ? config_from_options(o)
+                                : stretch(from, o, T ? T : std::max(from.maxT, from.tied), start.weights);
+        if (!T) T = std::max(config.maxT, config.tied);
+        return std::make_unique<Gpt2>(device, config, make_setup(o, T));
+    };
+    if (plan_memory(options, make)) return;
     Device device(options.threads);
-    Gpt2 model(device, config, options.batch, T, options.eval.empty(), training_memory(options));
-    if (!file)
-        model.init_weights(options.seed);
+    std::unique_ptr<Gpt2> model = make(device, options);
+    model->allocate();
+    if (file)
+        model->read_file(*file, type, from, options);
     else
-        model.read_file(*file, type, from, options);
+        model->init_weights(options.seed);
     file.reset();
-    run(options, device, model, start);
+    run(options, device, *model, start);
 }
 
 int main(int argc, char** argv) {

@@ -23,6 +23,7 @@
 #include "kernels/matmul.h"
 #include "kernels/rotary.h"
 #include "runtime/errors.h"
+#include "runtime/plan.h"
 #include "runtime/random.h"
 #include "runtime/rope.h"
 #include "runtime/transformer.h"
@@ -183,30 +184,30 @@ FileType read_config(const MappedFile& file, PythiaConfig& c) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Activations
 
-// What forward leaves for backward. Arrays are over layers; without training only qkv is, as the KV cache of sampling.
+// A block's own, beside what it hands on (runtime/activations.h). Without recomputation each layer keeps them for its
+// backward pass; else they are made again there, a chunk of tokens and a group of heads at a time.
 struct Activations {
-    real* x0;                                   // (N,C) embeddings
-    real *ln1, *qkv, *atty;                     // (L,N,C), (L,N,H,3,D) with bias and rotated, (L,N,C)
-    real *x1, *ln2, *fch, *gelu, *x2;           // (L,N,C) if not parallel, (L,N,C), (L,N,4C), (L,N,4C), (L,N,C)
-    real* branch;                               // (N,C) what the branches add to the residual
-    float *mean1, *rstd1, *mean2, *rstd2, *lse; // (L,N) … (L,B,H,T)
-    float *meanf, *rstdf;                       // (N)
+    Rows<real> qkv;                // (G,3,D) of all tokens, with bias and rotated
+    Rows<real> x1, ln2, fch, gelu; // C where not parallel, C, 4C, 4C; fch in training only
+    Rows<real> branch;             // C, what the branches add to the residual
+    Statistics mean2, rstd2;
 };
 
 struct ActivationGradients {
-    real *x, *ln1, *ln2, *qkv, *fch; // (N,C), (N,C), (N,C), (N,3C), (N,4C)
+    real *atty, *qkv;    // (N,C), (N,G,3,D)
+    Rows<real> ln2, fch; // C, 4C
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 class Pythia : public Transformer {
 public:
-    Pythia(const Device& device, const PythiaConfig& config, int64_t B, int64_t T, bool training,
-           const TrainingMemory& memory = {});
+    Pythia(const Device& device, const PythiaConfig& config, const Setup& setup);
     void init_weights(uint64_t seed);
     void read_file(const MappedFile& file, FileType type);
 
     Cost step_cost(int64_t B) const override;
+    Work work(int64_t B) const override;
     const Family& family() const override { return kPythiaFamily; }
     std::string describe() const override;
 
@@ -217,42 +218,39 @@ private:
     Activations a_{};
     ActivationGradients d_{};
 
-    RotaryShape rotary_shape(int64_t B, int64_t start, int64_t T) const;
-    void forward(int64_t B, int64_t start, int64_t T) override;
+    RotaryShape rotary_shape(int64_t B, int64_t start, int64_t T, int64_t H) const;
+    void forward(int64_t B, int64_t start, int64_t T, Pass pass) override;
     void backward(int64_t B) override;
+    void project_qkv(real* qkv, int64_t l, int64_t h, const RotaryShape& shape);
+    void attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass);
+    void attention_branch(int64_t l, int64_t n, int64_t K);
+    const real* mlp_hidden(int64_t l, int64_t n, int64_t K);
+    void mlp(int64_t l, int64_t N);
+    void mlp_backward(int64_t l, int64_t N);
+    void attention_gradients(int64_t l, int64_t B);
     Header header() const override;
 };
 
-Pythia::Pythia(const Device& device, const PythiaConfig& config, int64_t B, int64_t T, bool training,
-               const TrainingMemory& memory)
-    : Transformer(device, config, pythia_tensors(config), embedout, B, T, training, memory), c_(config),
-      rotary_(make_rotary(config.rope, T)),
+Pythia::Pythia(const Device& device, const PythiaConfig& config, const Setup& setup)
+    : Transformer(device, config, pythia_tensors(config), {embedout, ln1w, lnfw}, setup), c_(config),
+      rotary_(make_rotary(config.rope, setup.T)),
       score_scale_(float(rope_score_factor(config.rope) / std::sqrt(double(config.D())))) {
-    int64_t C = c_.C, L = training ? c_.L : 1, N = N_, G = training ? N_ : 0;
-    arena_.place(a_.x0, N * C, "embeddings");
-    arena_.place(a_.ln1, L * N * C, "ln1");
-    arena_.place(a_.qkv, c_.L * N * 3 * C, "qkv");
-    arena_.place(a_.atty, L * N * C, "attention");
-    arena_.place(a_.lse, L * N * c_.H, "log-sum-exp");
-    arena_.place(a_.x1, c_.parallel ? 0 : L * N * C, "residual after attention");
-    arena_.place(a_.ln2, L * N * C, "ln2");
-    arena_.place(a_.fch, training ? L * N * 4 * C : 0, "fc before GELU");
-    arena_.place(a_.gelu, L * N * 4 * C, "fc after GELU");
-    arena_.place(a_.x2, L * N * C, "residual after the block");
-    for (float** stats : {&a_.mean1, &a_.rstd1, &a_.mean2, &a_.rstd2})
-        arena_.place(*stats, L * N, "LayerNorm statistics");
-    for (float** stats : {&a_.meanf, &a_.rstdf}) arena_.place(*stats, N, "LayerNorm statistics");
-    arena_.place(a_.branch, N * C, "branch");
-    arena_.place(d_.x, G * C, "gradient of the residual");
-    for (real** ln : {&d_.ln1, &d_.ln2}) arena_.place(*ln, G * C, "gradient of a LayerNorm's output");
-    arena_.place(d_.qkv, G * 3 * C, "gradient of qkv");
-    arena_.place(d_.fch, G * 4 * C, "gradient of fc");
-    AttentionShape shape = attention_shape(B, 0, T);
-    size_t scratch = attention_forward_scratch(shape);
-    if (training)
-        scratch = std::max({scratch, attention_backward_scratch(shape), layernorm_backward_scratch(N, C),
-                            embedding_backward_scratch({B, T, C})});
-    commit(scratch);
+    const int64_t C = C_, qkv_width = 3 * G_ * c_.D();
+    const Phases mlp = kForward | kMlpBackward, attention = kForward | kAttentionBackward;
+    place_kept(a_.qkv, qkv_width, "qkv", attention, true);
+    if (!c_.parallel) place_kept(a_.x1, C, "residual after attention", mlp);
+    place_kept(a_.ln2, C, "ln2", mlp);
+    if (training_) place_kept(a_.fch, 4 * C, "fc before GELU", mlp);
+    place_kept(a_.gelu, 4 * C, "fc after GELU", mlp);
+    for (Statistics* stats : {&a_.mean2, &a_.rstd2}) place_kept(*stats, 1, "LayerNorm statistics", mlp);
+    place_work(a_.branch, C, "branches", mlp);
+    if (!training_) return;
+    arena_.section("work space", kBackward);
+    arena_.place_reals(d_.atty, N_ * C, "gradient of attention");
+    arena_.section("work space", kAttentionBackward);
+    arena_.place_reals(d_.qkv, N_ * qkv_width, "gradient of qkv");
+    place_work(d_.ln2, C, "gradient of ln2", kMlpBackward);
+    place_work(d_.fch, 4 * C, "gradient of fc", kMlpBackward);
 }
 
 // Pythia's, up to 2.8b: normal(sqrt(2/5C)), the two projections into the residual stream normal(2/(L·sqrt C)), the
@@ -299,101 +297,162 @@ std::string Pythia::describe() const {
     return line;
 }
 
-RotaryShape Pythia::rotary_shape(int64_t B, int64_t start, int64_t T) const { return {B, T, c_.H, c_.D(), start}; }
+RotaryShape Pythia::rotary_shape(int64_t B, int64_t start, int64_t T, int64_t H) const {
+    return {B, T, H, c_.D(), start};
+}
 
-void Pythia::forward(int64_t B, int64_t start, int64_t T) {
-    int64_t C = c_.C, N = B * T, S = start;
-    Stream s = device_.stream;
-    Matmul* mm = device_.matmul;
-    embedding_forward(s, a_.x0 + S * C, tokens_ + S, w(embedin), nullptr, {B, T, C});
-    layernorm_forward(s, at(a_.ln1, 0, C) + S * C, at(a_.mean1, 0, 1) + S, at(a_.rstd1, 0, 1) + S, a_.x0 + S * C,
-                      w(ln1w), w(ln1b), N, C);
-    const real* x = a_.x0 + S * C;
-    for (int64_t l = 0; l < c_.L; l++) {
-        // Attention. Queries, keys and values get their bias and are rotated where the product left them.
-        real *ln1 = at(a_.ln1, l, C) + S * C, *atty = at(a_.atty, l, C) + S * C;
-        real *cache = a_.qkv + l * N_ * 3 * C, *qkv = cache + S * 3 * C; // keys and values of all rows so far
-        matmul_forward(mm, qkv, nullptr, ln1, w(qkvw, l), nullptr, N, C, 3 * C);
-        RotaryShape shape = rotary_shape(B, S, T);
-        rotary_forward(s, rotary_part(qkv, 0, shape), rotary_part(qkv, 1, shape), rotary_part(qkv, 2, shape), qkv,
-                       w(qkvb, l), rotary_, shape);
-        const real *queries = qkv, *rows = cache;
-        attention_forward(s, {atty, T * C, C, c_.D()}, at(a_.lse, l, c_.H), rotary_part(queries, 0, shape),
-                          rotary_part(rows, 1, shape), rotary_part(rows, 2, shape), score_scale_, scratch_,
-                          attention_shape(B, S, T));
-        matmul_forward(mm, a_.branch, nullptr, atty, w(attprojw, l), w(attprojb, l), N, C, C);
-
-        // The MLP, of the block's input beside attention, or of what attention made of it.
-        real *ln2 = at(a_.ln2, l, C) + S * C, *gelu = at(a_.gelu, l, 4 * C) + S * 4 * C;
-        real* fch = training_ ? at(a_.fch, l, 4 * C) + S * 4 * C : nullptr;
-        float *mean2 = at(a_.mean2, l, 1) + S, *rstd2 = at(a_.rstd2, l, 1) + S;
-        if (c_.parallel) {
-            layernorm_forward(s, ln2, mean2, rstd2, x, w(ln2w, l), w(ln2b, l), N, C);
-        } else {
-            real* x1 = at(a_.x1, l, C) + S * C;
-            residual_layernorm_forward(s, x1, ln2, mean2, rstd2, x, a_.branch, w(ln2w, l), w(ln2b, l), N, C);
-            x = x1;
-        }
-        matmul_forward(mm, gelu, fch, ln2, w(fcw, l), w(fcb, l), N, C, 4 * C, c_.gelu);
-        if (c_.parallel)
-            matmul_forward_add(mm, a_.branch, gelu, w(fcprojw, l), w(fcprojb, l), N, 4 * C, C);
-        else
-            matmul_forward(mm, a_.branch, nullptr, gelu, w(fcprojw, l), w(fcprojb, l), N, 4 * C, C);
-
-        // The sum, and the LayerNorm that follows the block: the next block's first, or the last one.
-        bool last = l + 1 == c_.L;
-        real *x2 = at(a_.x2, l, C) + S * C, *next = (last ? lnf_ : at(a_.ln1, l + 1, C)) + S * C;
-        float *mean = last ? a_.meanf : at(a_.mean1, l + 1, 1), *rstd = last ? a_.rstdf : at(a_.rstd1, l + 1, 1);
-        residual_layernorm_forward(s, x2, next, mean + S, rstd + S, x, a_.branch, last ? w(lnfw) : w(ln1w, l + 1),
-                                   last ? w(lnfb) : w(ln1b, l + 1), N, C);
-        x = x2;
+void Pythia::forward(int64_t B, int64_t start, int64_t T, Pass pass) {
+    embedding_forward(device_.stream, x(0), tokens_, w(embedin), nullptr, {B, T, C_});
+    forget_ln1();
+    for (int64_t l = 0; l < L_; l++) {
+        residuals_.enter_forward(l, pass == Pass::training);
+        attention(l, B, start, T, pass);
+        residuals_.made_attention(l, pass == Pass::training);
+        mlp(l, B * T);
     }
 }
 
 void Pythia::backward(int64_t B) {
-    int64_t C = c_.C, T = T_, N = B * T;
-    Stream s = device_.stream;
-    Matmul* mm = device_.matmul;
-    fill_zero(device_, d_.x, N * C * sizeof(real));
-    layernorm_backward(s, d_.x, dw(lnfw), dw(lnfb), dlnf_, at(a_.x2, c_.L - 1, C), w(lnfw), a_.meanf, a_.rstdf,
-                       scratch_, N, C);
-    for (int64_t l = c_.L - 1; l >= 0; l--) {
-        const real* x = l ? at(a_.x2, l - 1, C) : a_.x0; // the block's input
-        auto through_ln2 = [&](const real* input) {
-            layernorm_backward(s, d_.x, dw(ln2w, l), dw(ln2b, l), d_.ln2, input, w(ln2w, l), at(a_.mean2, l, 1),
-                               at(a_.rstd2, l, 1), scratch_, N, C);
-        };
-
-        // d_.x is the gradient of both branches' outputs: with the parallel residual it must stay that until both have
-        // been gone through.
-        matmul_backward_weight(mm, dw(fcprojw, l), dw(fcprojb, l), d_.x, at(a_.gelu, l, 4 * C), N, 4 * C, C);
-        matmul_backward_input(mm, d_.fch, d_.x, w(fcprojw, l), at(a_.fch, l, 4 * C), N, 4 * C, C, c_.gelu);
-        matmul_backward_weight(mm, dw(fcw, l), dw(fcb, l), d_.fch, at(a_.ln2, l, C), N, C, 4 * C);
-        matmul_backward_input(mm, d_.ln2, d_.fch, w(fcw, l), nullptr, N, C, 4 * C);
-        if (!c_.parallel) through_ln2(at(a_.x1, l, C));
-
-        const real *qkv = a_.qkv + l * N_ * 3 * C, *atty = at(a_.atty, l, C), *dqkv = d_.qkv;
-        matmul_backward_weight(mm, dw(attprojw, l), dw(attprojb, l), d_.x, atty, N, C, C);
-        matmul_backward_input(mm, d_.ln1, d_.x, w(attprojw, l), nullptr, N, C, C);
-        auto part = [&](auto* qkv, int s) { return rotary_part(qkv, s, rotary_shape(B, 0, T)); };
-        attention_backward(s, part(d_.qkv, 0), part(d_.qkv, 1), part(d_.qkv, 2), {d_.ln1, T * C, C, c_.D()},
-                           part(qkv, 0), part(qkv, 1), part(qkv, 2), {atty, T * C, C, c_.D()}, at(a_.lse, l, c_.H),
-                           score_scale_, scratch_, attention_shape(B, 0, T));
-        rotary_backward(s, d_.qkv, part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), rotary_, rotary_shape(B, 0, T));
-        matmul_backward_weight(mm, dw(qkvw, l), dw(qkvb, l), d_.qkv, at(a_.ln1, l, C), N, C, 3 * C);
-        matmul_backward_input(mm, d_.ln1, d_.qkv, w(qkvw, l), nullptr, N, C, 3 * C);
-        if (c_.parallel) through_ln2(x);
-        layernorm_backward(s, d_.x, dw(ln1w, l), dw(ln1b, l), d_.ln1, x, w(ln1w, l), at(a_.mean1, l, 1),
-                           at(a_.rstd1, l, 1), scratch_, N, C);
-        layer_done(l);
+    for (int64_t l = L_ - 1; l >= 0; l--) {
+        enter_backward(l);
+        if (!keeps_attention()) {
+            attention(l, B, 0, T_, Pass::training);
+            forget_ln1(); // the MLP's work space may lie where it is
+        }
+        mlp_backward(l, B * T_);
+        attention_gradients(l, B);
+        leave_backward(l);
     }
-    embedding_backward(s, dw(embedin), nullptr, d_.x, tokens_, scratch_, {B, T, C});
+    embedding_backward(device_.stream, dw(embedin), nullptr, dx_, tokens_, scratch_, {B, T_, C_});
+}
+
+// qkv := queries, keys and values of the shape's heads, from head h on. They get their bias and are rotated where the
+// product left them.
+void Pythia::project_qkv(real* qkv, int64_t l, int64_t h, const RotaryShape& shape) {
+    const int64_t width = 3 * shape.H * c_.D(), row = 3 * h * c_.D(); // of the weights
+    for_chunks(shape.B * shape.T, [&](int64_t n, int64_t K) {
+        matmul_forward(device_.matmul, qkv + n * width, nullptr, ln1(l, n, K), w(qkvw, l) + row * C_, nullptr, K, C_,
+                       width);
+    });
+    made_ln1(l);
+    rotary_forward(device_.stream, rotary_part(qkv, 0, shape), rotary_part(qkv, 1, shape), rotary_part(qkv, 2, shape),
+                   qkv, w(qkvb, l) + row, rotary_, shape);
+}
+
+// x(l) to O and LSE. In sampling keys and values of the tokens before `start` are in the cache.
+void Pythia::attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass) {
+    auto group = [&](real* rows, int64_t h, int64_t G) {
+        const RotaryShape shape = rotary_shape(B, start, T, G);
+        real* own = rows + start * 3 * C_;
+        project_qkv(own, l, h, shape);
+        auto part = [&](const real* qkv, int part) { return rotary_part(qkv, part, shape); };
+        attention_forward(device_.stream, {atty(l) + h * c_.D(), T * C_, C_, c_.D()}, lse(l) + h * T, part(own, 0),
+                          part(rows, 1), part(rows, 2), score_scale_, attention_scratch_,
+                          attention_shape(B, start, T, G));
+    };
+    if (pass == Pass::sampling)
+        group(cache_.at(l, 0), 0, H_);
+    else
+        for_head_groups([&](int64_t h, int64_t G) { group(a_.qkv.at(l, 0), h, G); });
+}
+
+// branch := O through attention's projection, for tokens n … n+K.
+void Pythia::attention_branch(int64_t l, int64_t n, int64_t K) {
+    matmul_forward(device_.matmul, a_.branch.at(0, n), nullptr, atty(l) + n * C_, w(attprojw, l), w(attprojb, l), K, C_,
+                   C_);
+}
+
+// To what fcproj takes, for tokens n … n+K: of the block's input beside attention, or of what attention made of it.
+// Returns what the MLP's LayerNorm took.
+const real* Pythia::mlp_hidden(int64_t l, int64_t n, int64_t K) {
+    Matmul* mm = device_.matmul;
+    const real* input = x(l) + n * C_;
+    real *x1 = a_.x1.at(l, n), *ln2 = a_.ln2.at(l, n);
+    float *mean2 = a_.mean2.at(l, n), *rstd2 = a_.rstd2.at(l, n);
+    if (c_.parallel) {
+        layernorm_forward(device_.stream, ln2, mean2, rstd2, input, w(ln2w, l), w(ln2b, l), K, C_);
+    } else {
+        attention_branch(l, n, K);
+        residual_layernorm_forward(device_.stream, x1, ln2, mean2, rstd2, input, a_.branch.at(0, n), w(ln2w, l),
+                                   w(ln2b, l), K, C_);
+    }
+    matmul_forward(mm, a_.gelu.at(l, n), a_.fch.at(l, n), ln2, w(fcw, l), w(fcb, l), K, C_, 4 * C_, c_.gelu);
+    return c_.parallel ? input : x1;
+}
+
+// O and the MLP to x(l+1), and the LayerNorm that follows the block: the next block's first, or the last one.
+void Pythia::mlp(int64_t l, int64_t N) {
+    Matmul* mm = device_.matmul;
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        real *branch = a_.branch.at(0, n), *gelu = a_.gelu.at(l, n);
+        const real* input = mlp_hidden(l, n, K);
+        if (c_.parallel) {
+            attention_branch(l, n, K);
+            matmul_forward_add(mm, branch, gelu, w(fcprojw, l), w(fcprojb, l), K, 4 * C_, C_);
+        } else {
+            matmul_forward(mm, branch, nullptr, gelu, w(fcprojw, l), w(fcprojb, l), K, 4 * C_, C_);
+        }
+        end_block(l, n, K, input, branch);
+    });
+    made_ln1(l + 1);
+}
+
+// From the gradient of x(l+1), in dx_, to that of O, and through the MLP into dx_. With the parallel residual dx_ is
+// the gradient of both branches' outputs until both have been gone through.
+void Pythia::mlp_backward(int64_t l, int64_t N) {
+    Matmul* mm = device_.matmul;
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        const real* input = c_.parallel ? x(l) + n * C_ : a_.x1.at(l, n);
+        if (!keeps_all_) mlp_hidden(l, n, K);
+        real *dx = dx_ + n * C_, *dfch = d_.fch.at(0, n), *dln2 = d_.ln2.at(0, n);
+        matmul_backward_weight(mm, dw(fcprojw, l), dw(fcprojb, l), dx, a_.gelu.at(l, n), K, 4 * C_, C_);
+        matmul_backward_input(mm, dfch, dx, w(fcprojw, l), a_.fch.at(l, n), K, 4 * C_, C_, c_.gelu);
+        matmul_backward_weight(mm, dw(fcw, l), dw(fcb, l), dfch, a_.ln2.at(l, n), K, C_, 4 * C_);
+        matmul_backward_input(mm, dln2, dfch, w(fcw, l), nullptr, K, C_, 4 * C_);
+        auto through_ln2 = [&] {
+            layernorm_backward(device_.stream, dx, dw(ln2w, l), dw(ln2b, l), dln2, input, w(ln2w, l), a_.mean2.at(l, n),
+                               a_.rstd2.at(l, n), scratch_, K, C_);
+        };
+        if (!c_.parallel) through_ln2();
+        matmul_backward_weight(mm, dw(attprojw, l), dw(attprojb, l), dx, atty(l) + n * C_, K, C_, C_);
+        matmul_backward_input(mm, d_.atty + n * C_, dx, w(attprojw, l), nullptr, K, C_, C_);
+        if (c_.parallel) through_ln2();
+    });
+}
+
+// From the gradient of O to that of x(l).
+void Pythia::attention_gradients(int64_t l, int64_t B) {
+    const int64_t N = B * T_, D = c_.D(), batch = T_ * C_;
+    Matmul* mm = device_.matmul;
+    for_head_groups([&](int64_t h, int64_t G) {
+        const RotaryShape shape = rotary_shape(B, 0, T_, G);
+        const int64_t width = 3 * G * D, row = 3 * h * D; // of the weights
+        real* qkv = a_.qkv.at(l, 0);
+        if (!keeps_all_) project_qkv(qkv, l, h, shape);
+        auto in = [&](int part) { return rotary_part<const real>(qkv, part, shape); };
+        auto out = [&](int part) { return rotary_part(d_.qkv, part, shape); };
+        auto dout = [&](int part) { return rotary_part<const real>(d_.qkv, part, shape); };
+        attention_backward(device_.stream, out(0), out(1), out(2), {d_.atty + h * D, batch, C_, D}, in(0), in(1), in(2),
+                           {atty(l) + h * D, batch, C_, D}, lse(l) + h * T_, score_scale_, attention_backward_scratch_,
+                           attention_shape(B, 0, T_, G));
+        rotary_backward(device_.stream, d_.qkv, dout(0), dout(1), dout(2), rotary_, shape);
+        for_chunks(N, [&](int64_t n, int64_t K) {
+            real* dinput = dln1_ + n * C_;
+            const real *dqkv = d_.qkv + n * width, *weights = w(qkvw, l) + row * C_;
+            matmul_backward_weight(mm, dw(qkvw, l) + row * C_, dw(qkvb, l) + row, dqkv, ln1(l, n, K), K, C_, width);
+            if (h == 0)
+                matmul_backward_input(mm, dinput, dqkv, weights, nullptr, K, C_, width);
+            else
+                matmul_backward_input_add(mm, dinput, dqkv, weights, K, C_, width);
+        });
+    });
+    ln1_backward(l, N);
 }
 
 Cost Pythia::step_cost(int64_t B) const {
     int64_t C = c_.C, N = B * T_;
-    AttentionShape attention = attention_shape(B, 0, T_);
-    RotaryShape rotary = rotary_shape(B, 0, T_);
+    AttentionShape attention = attention_shape(B, 0, T_, H_);
+    RotaryShape rotary = rotary_shape(B, 0, T_, H_);
     Cost norms = layernorm_forward_cost(N, C) + layernorm_backward_cost(N, C);
     Cost block = linear_cost(N, C, 3 * C) + rotary_forward_cost(rotary, c_.rope.dims) +
                  rotary_backward_cost(rotary, c_.rope.dims, true) + attention_forward_cost(attention) +
@@ -403,33 +462,49 @@ Cost Pythia::step_cost(int64_t B) const {
            embedding_backward_cost({B, T_, C}, false);
 }
 
+Work Pythia::work(int64_t B) const {
+    const RotaryShape rotary = rotary_shape(B, 0, T_, H_);
+    const EmbeddingShape embedding{B, T_, C_};
+    Work work = blocks_work(B, c_.parallel, rotary_forward_cost(rotary, c_.rope.dims),
+                            rotary_backward_cost(rotary, c_.rope.dims, true));
+    work.other = work.other + embedding_forward_cost(embedding, false);
+    if (training_) work.other = work.other + embedding_backward_cost(embedding, false);
+    return work;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 void run_pythia(int argc, char** argv) {
     Options options = parse_options(argc, argv, kPythiaFamily);
     Start start = find_start(options);
-    PythiaConfig config;
+    PythiaConfig from; // the weights file's
     std::optional<MappedFile> file;
     FileType type = FileType::fp32;
-    int64_t T = options.context;
-    if (start.weights.empty()) {
-        config = config_from_options(options);
-        T = config.maxT;
-    } else {
-        type = read_config(file.emplace(start.weights), config);
-        check_vocab(options, config.V, start.weights);
-        if (!T) T = config.maxT;
-        apply_options(config, options, T);
+    if (!start.weights.empty()) {
+        type = read_config(file.emplace(start.weights), from);
+        check_vocab(options, from.V, start.weights);
     }
-    resolve(options, config);
+    auto configure = [&](const Options& o) {
+        if (start.weights.empty()) return config_from_options(o);
+        PythiaConfig config = from;
+        apply_options(config, o, o.context ? o.context : from.maxT);
+        return config;
+    };
+    auto make = [&](const Device& device, const Options& o) {
+        const PythiaConfig config = configure(o);
+        return std::make_unique<Pythia>(device, config, make_setup(o, o.context ? o.context : config.maxT));
+    };
+    if (plan_memory(options, make)) return;
+    resolve(options, configure(options));
     Device device(options.threads);
-    Pythia model(device, config, options.batch, T, options.eval.empty(), training_memory(options));
+    std::unique_ptr<Pythia> model = make(device, options);
+    model->allocate();
     if (file)
-        model.read_file(*file, type);
+        model->read_file(*file, type);
     else
-        model.init_weights(options.seed);
+        model->init_weights(options.seed);
     file.reset();
-    run(options, device, model, start);
+    run(options, device, *model, start);
 }
 
 int main(int argc, char** argv) {

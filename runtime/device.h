@@ -8,15 +8,21 @@
 #include "../kernels/types.h"
 #include "memory.h"
 
+// The build's own.
+Target this_target();
+
 struct Device {
     Stream stream = nullptr;
     Matmul* matmul = nullptr;
     struct Staging* staging = nullptr; // pinned memory of the cuda build
+    Target target;
     int threads = 0;
     double peak_flops = 0; // matmul rate of this machine and precision, measured at opening
 
     // threads 0: all cores. Says so on stderr if only one thread runs.
     explicit Device(int64_t threads);
+    // A machine to plan for: nothing of it is opened.
+    explicit Device(const Target& planned) : target(planned) {}
     ~Device();
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;

@@ -31,6 +31,7 @@ static double measure_peak(Matmul* mm) {
 
 Device::Device(int64_t wanted) {
     if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
+    target = this_target();
 #pragma omp parallel
 #pragma omp single
     threads = omp_get_num_threads();
@@ -41,7 +42,9 @@ Device::Device(int64_t wanted) {
     peak_flops = measure_peak(matmul);
 }
 
-Device::~Device() { matmul_close(matmul); }
+Device::~Device() {
+    if (matmul) matmul_close(matmul);
+}
 
 std::string device_line(const Device& device) {
     std::string name = "unknown processor", line;

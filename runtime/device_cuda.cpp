@@ -93,6 +93,7 @@ struct Staging {
 
 Device::Device(int64_t wanted) {
     if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
+    target = this_target();
     threads = omp_get_max_threads();
     check_gpu();
     cudaStream_t created;
@@ -104,6 +105,7 @@ Device::Device(int64_t wanted) {
 }
 
 Device::~Device() {
+    if (!matmul) return;
     cudaStreamSynchronize(cuda_stream(stream));
     matmul_close(matmul);
     delete staging;

@@ -91,7 +91,7 @@ private:
 };
 
 static std::string generate(const Options& options, Model& model, const Text& text, uint64_t stream) {
-    int64_t V = model.vocab(), T = model.context();
+    int64_t V = model.vocab(), T = model.cached_rows();
     std::vector<int32_t> ids = options.prompt_tokens;
     bool prompted = !ids.empty();
     if (!prompted) ids = {text.first_token()};

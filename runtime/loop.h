@@ -19,6 +19,8 @@
 struct Model {
     virtual ~Model() = default;
 
+    virtual void allocate() = 0; // before anything else
+
     // Forward and backward over one micro-batch: gradients += factor · d(Σ losses), loss += factor · Σ losses.
     // tokens, targets (B,T) on the host.
     virtual void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) = 0;
@@ -38,6 +40,7 @@ struct Model {
     // One sequence with a KV cache: rows [start, start+n) of a sequence whose earlier rows were given before; fills
     // logits (V) of the last row. Uses the activations' memory, so a step in between ends the sequence.
     virtual void next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) = 0;
+    virtual int64_t cached_rows() const = 0; // of such a sequence, at most
 
     virtual Cost step_cost(int64_t B) const = 0; // of one accumulate()
     virtual int64_t vocab() const = 0;

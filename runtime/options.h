@@ -35,6 +35,14 @@ struct Options {
     int64_t max_skips = 10; // skipped updates in a row that end the run
     std::string optimizer = "adamw", state = "fp32", state_embeddings = "fp32", state_floor = "on";
     std::string master = "fp32", grad = "fp32";
+    // memory; what is left open is chosen to fit (runtime/plan.h)
+    std::string recompute;           // none, block, full, or empty
+    int64_t chunk = 0;               // 0: chosen
+    int64_t head_group = 0;          // 0: chosen
+    std::string offload;             // none, some of residual,state,master, or empty
+    std::string memory, host_memory; // sizes such as 16GiB, or empty
+    bool plan = false, plan_json = false;
+    std::string plan_for, gpu; // cpu, cuda; a name of the table of GPUs; or empty
     // habits; 0 turns each off
     int64_t val_every = 250, val_tokens = 1 << 17; // val_tokens 0: all
     int64_t sample_every = 500, sample_tokens = 128;

@@ -72,15 +72,25 @@ void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
         (narrow ? grads_bf16_padded : grads_padded) += round_up(t.count, kTensorUnit);
         if (narrow) staged += round_up(t.layer_count(), kTensorUnit);
     }
-    arena.place(params, padded, "weights");
-    arena.place(masters, training && memory.master && sizeof(real) < sizeof(float) ? padded : 0, "master weights");
-    arena.place(grads, training ? grads_padded : 0, "gradients");
-    arena.place(grads_bf16, training ? grads_bf16_padded : 0, "gradients in bf16");
-    arena.place(staging, training ? staged : 0, "gradients of a layer");
-    arena.place(states, training ? states_bytes() : 0, "optimizer states");
+    arena.section("parameters");
+    arena.place_reals(params, padded, "weights");
+    if (!training) return;
+    const bool has_masters = memory.master && arena.target().real_bytes < int64_t(sizeof(float));
+    host_states_bytes = memory.host_states ? states_bytes() : 0;
+    host_masters_bytes = memory.host_master && has_masters ? padded * sizeof(float) : 0;
+    arena.section("gradients");
+    arena.place(grads, grads_padded, "gradients");
+    arena.place(grads_bf16, grads_bf16_padded, "gradients in bf16");
+    arena.place(staging, staged, "gradients of a layer");
+    arena.section("master weights");
+    arena.place(masters, has_masters && !memory.host_master ? padded : 0, "master weights");
+    arena.section("optimizer states");
+    arena.place(states, memory.host_states ? 0 : states_bytes(), "optimizer states");
 }
 
-void Tensors::link() {
+void Tensors::link(char* host) {
+    if (host_states_bytes) states = host;
+    if (host_masters_bytes) masters = reinterpret_cast<float*>(host + host_states_bytes);
     auto take = [](auto*& run, int64_t count) { // the next `count` elements of a run that may not be there
         auto* begin = run;
         if (run) run += round_up(count, kTensorUnit);

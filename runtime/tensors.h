@@ -18,6 +18,8 @@ struct TrainingMemory {
     bool int8_embeddings = false; // else embeddings keep fp32 states where the others are int8
     bool master = true;           // float weights beside bf16 ones
     bool bf16_grads = false;      // of what layers own; a layer's are made in float, then added with this seed's noise
+    bool host_states = false;     // optimizer states wait on the host
+    bool host_master = false;     // master weights wait on the host
     uint64_t seed = 0;
 };
 
@@ -49,13 +51,16 @@ struct Tensors {
     char* states = nullptr;
     // Elements in each run; a tensor begins at a multiple of 64, the gaps stay 0. Gradients are in one of two runs.
     int64_t padded = 0, grads_padded = 0, grads_bf16_padded = 0;
+    size_t host_states_bytes = 0, host_masters_bytes = 0;
 
     void add(const std::string& name, TensorKind kind, int64_t count);
     void add_layers(const std::string& name, TensorKind kind, int64_t layers, int64_t layer_count);
-    // Notes the runs in the arena; call link() after arena.commit().
+    // Notes the runs in the arena, but for those that wait on the host; call link() after arena.commit(), `host` being
+    // host_bytes() of host memory.
     void place(Arena& arena, bool training, const TrainingMemory& memory);
-    void link();
+    void link(char* host);
     int64_t count() const; // parameters
+    size_t host_bytes() const { return host_states_bytes + host_masters_bytes; }
     bool float_weights() const { return sizeof(real) == sizeof(float) || masters; }
     // Blocks of 8-bit states never span two layers: a layer's matrix is a multiple of 256.
     StateType state_type(const Tensor& tensor) const;

@@ -7,9 +7,27 @@
 #include "../kernels/accumulate.h"
 #include "../kernels/attention.h"
 #include "../kernels/classifier.h"
+#include "../kernels/embedding.h"
+#include "../kernels/gelu.h"
 #include "../kernels/global_norm.h"
+#include "../kernels/layernorm.h"
 #include "../kernels/matmul.h"
 #include "errors.h"
+#include "host_update.h"
+// TEMPORARY
+#include <omp.h>
+Target this_target() { return {false, sizeof(real), omp_get_max_threads()}; }
+static size_t attention_forward_scratch(const AttentionShape& s, const Target&) { return attention_forward_scratch(s); }
+static size_t attention_backward_scratch(const AttentionShape& s, const Target&) {
+    return attention_backward_scratch(s);
+}
+static size_t layernorm_backward_scratch(int64_t N, int64_t C, const Target&) {
+    return layernorm_backward_scratch(N, C);
+}
+static size_t global_norm_scratch(int64_t N, const Target&) { return global_norm_scratch(N); }
+static size_t embedding_backward_scratch(const EmbeddingShape& s, const Target&) {
+    return embedding_backward_scratch(s);
+}
 
 void check_sizes(const ModelSizes& s, const std::string& where) {
     if (!attention_supports(s.D()))
@@ -42,50 +60,106 @@ Header make_header(int32_t magic, const ModelSizes& s, FileType type) {
     return header;
 }
 
-TrainingMemory training_memory(const Options& options) {
+static bool offloads(const Options& options, const std::string& what) {
+    return ("," + options.offload + ",").find("," + what + ",") != std::string::npos;
+}
+
+static TrainingMemory training_memory(const Options& options) {
     TrainingMemory memory;
     if (options.optimizer == "lion") memory.rule = Rule::lion;
     if (options.state != "fp32") memory.state = options.state == "bf16" ? StateType::bf16 : StateType::int8;
     memory.int8_embeddings = options.state_embeddings == "int8";
     memory.master = options.master == "fp32";
     memory.bf16_grads = options.grad == "bf16";
+    memory.host_states = offloads(options, "state");
+    memory.host_master = offloads(options, "master");
     memory.seed = options.seed;
     return memory;
 }
 
-// Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.
-constexpr int64_t kClassifierChunk = 512;
+static ActivationMemory activation_memory(const Options& options) {
+    ActivationMemory memory;
+    if (!options.recompute.empty() && options.recompute != "none")
+        memory.recompute = options.recompute == "block" ? Recompute::block : Recompute::full;
+    memory.chunk = options.chunk;
+    memory.head_group = options.head_group;
+    memory.offload = offloads(options, "residual");
+    return memory;
+}
 
-Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, size_t unembedding, int64_t B,
-                         int64_t T, bool training, const TrainingMemory& memory)
-    : device_(device), B_(B), T_(T), N_(B * T), training_(training), params_(std::move(tensors)), C_(sizes.C),
-      H_(sizes.H), V_(sizes.V), Vp_(sizes.Vp), K_(std::min(N_, kClassifierChunk)), unembedding_(unembedding) {
+Setup make_setup(const Options& options, int64_t T) {
+    Setup setup{options.batch, T, options.eval.empty()};
+    const int64_t prompt = std::max<int64_t>(1, options.prompt_tokens.size());
+    if (options.eval == "logits") setup.cached_rows = prompt;
+    if (options.eval == "sample" || (setup.training && options.sample_every))
+        setup.cached_rows = prompt + options.sample_tokens;
+    setup.cached_rows = std::min(setup.cached_rows, T);
+    setup.weights = training_memory(options);
+    setup.activations = activation_memory(options);
+    if (!options.out.empty()) setup.folder = options.out;
+    return setup;
+}
+
+Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Named& named,
+                         const Setup& setup)
+    : device_(device), setup_(setup), B_(setup.B), T_(setup.T), N_(B_ * T_), L_(sizes.L), C_(sizes.C), H_(sizes.H),
+      V_(sizes.V), Vp_(sizes.Vp), K_(setup.activations.chunk ? std::min(N_, setup.activations.chunk) : N_),
+      G_(setup.activations.head_group ? std::min(H_, setup.activations.head_group) : H_), training_(setup.training),
+      keeps_all_(training_ && setup.activations.recompute == Recompute::none), params_(std::move(tensors)),
+      arena_(device.target), residuals_(device, setup.activations, training_, L_, N_, C_, H_), named_(named) {
     // Far beyond any machine, and the products of sizes still fit 63 bits.
-    if (double(B) * T * sizes.L * 16 * C_ > 0x1p58)
-        throw BadInput("--context " + std::to_string(T) + " and --batch " + std::to_string(B) +
+    if (double(B_) * T_ * L_ * 16 * C_ > 0x1p58)
+        throw BadInput("--context " + std::to_string(T_) + " and --batch " + std::to_string(B_) +
                        " are more than any machine holds");
-    params_.place(arena_, training, memory);
+    if (keeps_all_ && (setup.activations.offload || G_ < H_))
+        throw BadInput("--recompute none keeps all activations on the device and attention's heads together; --offload "
+                       "residual and --head-group need --recompute block or full");
+    const Target& target = device.target;
+    const AttentionShape attention = attention_shape(B_, 0, T_, G_);
+    params_.place(arena_, training_, setup.weights);
+    residuals_.place(arena_);
+    arena_.section("work space");
     arena_.place(tokens_, N_, "tokens");
     arena_.place(targets_, N_, "targets");
-    arena_.place(lnf_, N_ * C_, "lnf");
-    arena_.place(dlnf_, training ? N_ * C_ : 0, "gradient of lnf");
     arena_.place(losses_, N_, "losses");
-    arena_.place(logits_, K_ * Vp_, "logits");
     arena_.place(loss_, 1, "loss");
     arena_.place(norm_, 1, "norm");
     arena_.place(norms_, 2, "norms");
     arena_.place(scale_, 1, "clip scale");
     arena_.place(counts_, 1, "counts");
     arena_.place(draw_, 1, "noise");
+    place_rows(lnf_, C_, keeps_all_ ? N_ : K_, 1, "last LayerNorm", kForward | kLosses);
+    place_rows(meanf_, 1, lnf_.tokens, 1, "LayerNorm statistics", kForward | kLosses);
+    place_rows(rstdf_, 1, lnf_.tokens, 1, "LayerNorm statistics", kForward | kLosses);
+    place_kept(ln1_, C_, "ln1", kForward | kAttentionBackward);
+    for (Statistics* stats : {&mean1_, &rstd1_})
+        place_kept(*stats, 1, "LayerNorm statistics", kForward | kAttentionBackward, true);
+    place_rows(cache_, 3 * C_, setup.cached_rows, L_, "cache of sampling", kForward | kLosses);
+    arena_.section("work space", kLosses);
+    arena_.place_reals(logits_, logits_rows() * Vp_, "logits");
+    arena_.section("work space", kForward | kAttentionBackward);
+    arena_.place(attention_scratch_, attention_forward_scratch(attention, target), "scratch of attention, forward");
+    if (!training_) return;
+    place_work(dlnf_, C_, "gradient of the last LayerNorm", kLosses);
+    arena_.section("work space", kLosses | kBackward);
+    arena_.place_reals(dx_, N_ * C_, "gradient of the residual");
+    arena_.section("work space", kAttentionBackward);
+    arena_.place_reals(dln1_, N_ * C_, "gradient of ln1");
+    arena_.place(attention_backward_scratch_, attention_backward_scratch(attention, target), "scratch of attention");
+    arena_.section("work space");
+    arena_.place(scratch_,
+                 std::max({layernorm_backward_scratch(K_, C_, target), global_norm_scratch(params_.padded, target),
+                           embedding_backward_scratch({B_, T_, C_}, target)}),
+                 "scratch of other layers");
+    arena_.section("work space", kUpdate);
+    arena_.place(pieces_, host_update_bytes(setup.weights), "pieces of the update");
 }
 
-void Transformer::commit(size_t scratch) {
-    if (training_) scratch = std::max(scratch, global_norm_scratch(params_.padded));
-    char* bytes = nullptr;
-    arena_.place(bytes, scratch, "scratch");
+void Transformer::allocate() {
     arena_.commit();
-    scratch_ = bytes;
-    params_.link();
+    residuals_.allocate(setup_.folder);
+    if (params_.host_bytes()) host_ = std::make_unique<HostStore>(device_, setup_.folder, params_.host_bytes());
+    params_.link(host_ ? host_->data() : nullptr);
 }
 
 void Transformer::write_file(FileWriter& file) {
@@ -94,35 +168,133 @@ void Transformer::write_file(FileWriter& file) {
     write_weights(device_, file, params_);
 }
 
-// Logits and losses of N tokens, a chunk at a time, so that no more than a chunk of logits exists. With gradients also
-// the unembedding's, and that of lnf_.
-void Transformer::losses(int64_t N, double factor, bool gradients) {
-    real* weights = w(unembedding_);
-    for (int64_t n = 0; n < N; n += K_) {
-        int64_t K = std::min(K_, N - n);
-        real* lnf = lnf_ + n * C_;
-        matmul_forward(device_.matmul, logits_, nullptr, lnf, weights, nullptr, K, C_, Vp_);
-        if (!gradients) {
-            classifier_forward(device_.stream, losses_ + n, logits_, targets_ + n, K, V_, Vp_);
-            continue;
-        }
-        classifier_forward_backward(device_.stream, losses_ + n, logits_, targets_ + n, float(factor), K, V_, Vp_);
-        matmul_backward_weight(device_.matmul, dw(unembedding_), nullptr, logits_, lnf, K, C_, Vp_);
-        matmul_backward_input(device_.matmul, dlnf_ + n * C_, logits_, weights, nullptr, K, C_, Vp_);
-    }
-    classifier_add_losses(device_.stream, loss_, losses_, factor, N);
+// Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.
+int64_t Transformer::logits_rows() const { return std::min<int64_t>(K_, 512); }
+
+const real* Transformer::ln1(int64_t l, int64_t n, int64_t K) {
+    if (ln1_layer_ != l)
+        layernorm_forward(device_.stream, ln1_.at(l, n), mean1_.at(l, n), rstd1_.at(l, n), x(l) + n * C_,
+                          w(named_.ln1w, l), w(named_.ln1w + 1, l), K, C_);
+    return ln1_.at(l, n);
 }
 
-AttentionShape Transformer::attention_shape(int64_t B, int64_t start, int64_t T) const {
+void Transformer::ln1_backward(int64_t l, int64_t N) {
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        layernorm_backward(device_.stream, dx_ + n * C_, dw(named_.ln1w, l), dw(named_.ln1w + 1, l), dln1_ + n * C_,
+                           x(l) + n * C_, w(named_.ln1w, l), mean1_.at(l, n), rstd1_.at(l, n), scratch_, K, C_);
+    });
+}
+
+void Transformer::end_block(int64_t l, int64_t n, int64_t K, const real* input, const real* branch) {
+    const bool last = l + 1 == L_;
+    const Rows<real>& next = last ? lnf_ : ln1_;
+    const Statistics &mean = last ? meanf_ : mean1_, &rstd = last ? rstdf_ : rstd1_;
+    const real *gain = last ? w(named_.lnfw) : w(named_.ln1w, l + 1),
+               *bias = last ? w(named_.lnfw + 1) : w(named_.ln1w + 1, l + 1);
+    residual_layernorm_forward(device_.stream, x(l + 1) + n * C_, next.at(l + 1, n), mean.at(l + 1, n),
+                               rstd.at(l + 1, n), input, branch, gain, bias, K, C_);
+}
+
+void Transformer::enter_backward(int64_t l) {
+    residuals_.enter_backward(l);
+    ln1_layer_ = keeps_all_ ? l : -1;
+}
+
+// From the last block's output to the losses, a chunk at a time, and of logits no more than a part of one. With
+// gradients also back to dx_.
+void Transformer::losses(int64_t N, double factor, bool gradients) {
+    Stream s = device_.stream;
+    Matmul* mm = device_.matmul;
+    const real *weights = w(named_.unembedding), *gain = w(named_.lnfw), *bias = w(named_.lnfw + 1);
+    if (gradients) fill_zero(device_, dx_, N * C_ * sizeof(real));
+    for_chunks(N, [&](int64_t n, int64_t K) {
+        if (lnf_.tokens < N_)
+            layernorm_forward(s, lnf_.at(0, n), meanf_.at(0, n), rstdf_.at(0, n), x(L_) + n * C_, gain, bias, K, C_);
+        for (int64_t m = n; m < n + K; m += logits_rows()) {
+            const int64_t rows = std::min(logits_rows(), n + K - m);
+            matmul_forward(mm, logits_, nullptr, lnf_.at(0, m), weights, nullptr, rows, C_, Vp_);
+            if (!gradients) {
+                classifier_forward(s, losses_ + m, logits_, targets_ + m, rows, V_, Vp_);
+                continue;
+            }
+            classifier_forward_backward(s, losses_ + m, logits_, targets_ + m, float(factor), rows, V_, Vp_);
+            matmul_backward_weight(mm, dw(named_.unembedding), nullptr, logits_, lnf_.at(0, m), rows, C_, Vp_);
+            matmul_backward_input(mm, dlnf_.at(0, m), logits_, weights, nullptr, rows, C_, Vp_);
+        }
+        if (gradients)
+            layernorm_backward(s, dx_ + n * C_, dw(named_.lnfw), dw(named_.lnfw + 1), dlnf_.at(0, n), x(L_) + n * C_,
+                               gain, meanf_.at(0, n), rstdf_.at(0, n), scratch_, K, C_);
+    });
+    classifier_add_losses(s, loss_, losses_, factor, N);
+}
+
+AttentionShape Transformer::attention_shape(int64_t B, int64_t start, int64_t T, int64_t H) const {
     AttentionShape shape{};
-    shape.B = B, shape.Tq = T, shape.Tk = start + T, shape.H = H_, shape.D = C_ / H_;
+    shape.B = B, shape.Tq = T, shape.Tk = start + T, shape.H = H, shape.D = C_ / H_;
     shape.q_offset = start;
+    shape.lse_batch = H_ * T;
     return shape;
 }
 
 Cost Transformer::linear_cost(int64_t N, int64_t in, int64_t out) {
     return matmul_forward_cost(N, in, out) + matmul_backward_input_cost(N, in, out) +
            matmul_backward_weight_cost(N, in, out);
+}
+
+Work Transformer::blocks_work(int64_t B, bool parallel, Cost rotary_forward, Cost rotary_backward) const {
+    const int64_t N = B * T_;
+    // `of`(K) for every chunk, of(G) for every group of heads.
+    auto in_parts = [](int64_t n, int64_t part, auto of) {
+        Cost sum = double(n / part) * of(part);
+        return n % part ? sum + of(n % part) : sum;
+    };
+    auto chunks = [&](auto of) { return in_parts(N, K_, of); };
+    auto groups = [&](auto of) { return in_parts(H_, G_, of); };
+    auto forward = [&](int64_t in, int64_t out) {
+        return chunks([&](int64_t K) { return matmul_forward_cost(K, in, out); });
+    };
+    auto backward = [&](int64_t in, int64_t out) {
+        return chunks([&](int64_t K) {
+            return matmul_backward_input_cost(K, in, out) + matmul_backward_weight_cost(K, in, out);
+        });
+    };
+    const int64_t qkv_width = 3 * (C_ / H_);
+    const Cost norm = layernorm_forward_cost(N, C_), norm_of_sum = residual_layernorm_forward_cost(N, C_),
+               norm_back = layernorm_backward_cost(N, C_), gelu = gelu_forward_cost(N * 4 * C_);
+    const Cost qkv = groups([&](int64_t G) { return forward(C_, G * qkv_width); });
+    const Cost qkv_back = groups([&](int64_t G) { return backward(C_, G * qkv_width); });
+    const Cost scores = groups([&](int64_t G) { return attention_forward_cost(attention_shape(B, 0, T_, G)); });
+    const Cost scores_back = groups([&](int64_t G) { return attention_backward_cost(attention_shape(B, 0, T_, G)); });
+    const double groups_of_heads = double((H_ + G_ - 1) / G_);
+    const Cost first_norms = (K_ < N_ ? groups_of_heads : 0) * norm; // beside the one at the end of the block before
+    const Cost attproj = forward(C_, C_), fc = forward(C_, 4 * C_), fcproj = forward(4 * C_, C_);
+
+    Work block;
+    block.matmul = qkv + attproj + fc + fcproj;
+    block.attention = scores;
+    block.other = rotary_forward + first_norms + 2 * norm_of_sum + gelu;
+    if (training_) {
+        block.matmul = block.matmul + qkv_back + backward(C_, C_) + backward(C_, 4 * C_) + backward(4 * C_, C_);
+        block.attention = block.attention + scores_back;
+        block.other = block.other + rotary_backward + 2 * norm_back + gelu_backward_cost(N * 4 * C_);
+        if (!keeps_all_) {
+            block.matmul = block.matmul + qkv + fc + (parallel ? Cost{} : attproj);
+            block.other = block.other + rotary_forward + (K_ < N_ ? 2 * first_norms : norm) +
+                          (parallel ? norm : norm_of_sum) + gelu;
+        }
+        if (!keeps_attention()) {
+            block.matmul = block.matmul + qkv;
+            block.attention = block.attention + scores;
+            block.other = block.other + rotary_forward + first_norms;
+        }
+    }
+    Work all{double(L_) * block.matmul, double(L_) * block.attention, double(L_) * block.other};
+    auto logits = [&](int64_t K) { return training_ ? linear_cost(K, C_, Vp_) : matmul_forward_cost(K, C_, Vp_); };
+    all.matmul = all.matmul + in_parts(N, logits_rows(), logits);
+    all.other = all.other + norm +
+                (training_ ? norm_back + classifier_forward_backward_cost(N, V_, Vp_) : classifier_forward_cost(N, V_));
+    if (training_) all.copied = residuals_.copied_bytes();
+    return all;
 }
 
 Cost Transformer::unembedding_cost(int64_t N) const {
@@ -134,10 +306,12 @@ void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int6
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
     if (params_.grads_bf16) upload(device_, draw_, &draws_, sizeof draws_);
     draws_++;
+    residuals_.finish();
     training_step_.run(device_, {double(B), factor}, [&] {
-        forward(B, 0, T_);
+        forward(B, 0, T_, Pass::training);
         losses(B * T_, factor, true);
         backward(B);
+        residuals_.finish();
     });
 }
 
@@ -145,15 +319,15 @@ void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
     evaluation_.run(device_, {double(B), factor}, [&] {
-        forward(B, 0, T_);
+        forward(B, 0, T_, Pass::evaluation);
         losses(B * T_, factor, false);
     });
 }
 
 void Transformer::next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) {
-    upload(device_, tokens_ + start, tokens, n * sizeof(int32_t));
-    forward(1, start, n);
-    matmul_forward(device_.matmul, logits_, nullptr, lnf_ + (start + n - 1) * C_, w(unembedding_), nullptr, 1, C_, Vp_);
+    upload(device_, tokens_, tokens, n * sizeof(int32_t));
+    forward(1, start, n, Pass::sampling);
+    matmul_forward(device_.matmul, logits_, nullptr, lnf_.at(0, n - 1), w(named_.unembedding), nullptr, 1, C_, Vp_);
     std::vector<real> row(V_);
     download(device_, row.data(), logits_, V_ * sizeof(real));
     for (int64_t v = 0; v < V_; v++) logits[v] = to_float(row[v]);
@@ -170,7 +344,8 @@ void Transformer::begin_step(int64_t step) {
     draws_ = uint64_t(step) << kMicroBits;
 }
 
-void Transformer::layer_done(int64_t l) {
+void Transformer::leave_backward(int64_t l) {
+    residuals_.leave_backward(l);
     constexpr uint64_t kLayers = uint64_t(1) << 20; // no model has more; the numbers of noise stay below 2^24
     for (size_t i = 0; i < params_.list.size(); i++) {
         const Tensor& t = params_.list[i];
@@ -196,8 +371,22 @@ void Transformer::update(const Optimizer& options) {
         o.tensor = static_cast<uint32_t>(i);
         if (!t.decay()) o.weight_decay = 0;
         Gradients gradients = t.grad ? Gradients(t.grad) : Gradients(t.grad_bf16);
-        optimizer_update(device_.stream, t.param, t.master, t.states, gradients, scale_, counts_, t.count, o);
+        if (host_)
+            update_from_host(device_, *host_, pieces_, params_.memory, t, gradients, scale_, counts_, o);
+        else
+            optimizer_update(device_.stream, t.param, t.master, t.states, gradients, scale_, counts_, t.count, o);
     }
+    if (host_) host_->finish(); // what comes next may read them there
+}
+
+Work Transformer::update_work() const {
+    Work work;
+    for (const Tensor& t : params_.list)
+        work.other = work.other + optimizer_cost(t.count, params_.memory.rule, params_.state_type(t),
+                                                 params_.memory.bf16_grads && t.layers, params_.memory.master);
+    work.other = work.other + global_norm_cost(params_.padded);
+    work.copied = 2.0 * params_.host_bytes();
+    return work;
 }
 
 // On the host, since it is asked for only when a step has failed.

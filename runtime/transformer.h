@@ -2,15 +2,20 @@
 // unembedding with its loss a chunk of tokens at a time, the update, the weights file. A model adds its configuration,
 // its tensors and activations, and the forward and backward pass between the tokens and the last LayerNorm.
 //
-// B sequences of T tokens, N = B·T; C channels, V tokens, padded to Vp; K tokens a classifier chunk.
+// B sequences of T tokens, N = B·T; C channels, V tokens, padded to Vp; K tokens a chunk, G heads a group.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <type_traits>
 
 #include "../kernels/attention.h"
 #include "../kernels/optimizer.h"
+#include "activations.h"
 #include "arena.h"
 #include "device.h"
+#include "host_store.h"
 #include "loop.h"
 #include "recording.h"
 #include "tensors.h"
@@ -31,7 +36,24 @@ void check_sizes(const ModelSizes& sizes, const std::string& where);
 ModelSizes read_sizes(const MappedFile& file, int32_t magic, const char* family, Header& header);
 Header make_header(int32_t magic, const ModelSizes& sizes, FileType type);
 
-TrainingMemory training_memory(const Options& options);
+// All that a model's memory depends on beside its sizes.
+struct Setup {
+    int64_t B, T; // largest batch, context
+    bool training;
+    int64_t cached_rows = 0; // tokens of a sequence that next_logits() can go through
+    TrainingMemory weights = {};
+    ActivationMemory activations = {};
+    std::string folder = "."; // where the cpu build keeps what waits on the host
+};
+Setup make_setup(const Options& options, int64_t T);
+
+// What a micro-batch asks of a machine, recomputation and all.
+struct Work {
+    Cost matmul, attention, other;
+    double copied = 0; // bytes between device and host
+};
+
+enum class Pass { training, evaluation, sampling };
 
 class Transformer : public Model {
 public:
@@ -46,6 +68,7 @@ public:
     OptimizerCounts counts() override;
     int64_t non_finite_gradients() override;
     void next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) override;
+    int64_t cached_rows() const override { return setup_.cached_rows; }
 
     int64_t vocab() const override { return V_; }
     int64_t context() const override { return T_; }
@@ -53,31 +76,81 @@ public:
     uint64_t file_bytes() const override { return kHeaderBytes + weight_bytes(params_); }
     void write_file(FileWriter& file) override;
 
-protected:
-    // `unembedding` (Vp,C) is the tensor that makes logits of lnf_.
-    Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, size_t unembedding, int64_t B,
-                int64_t T, bool training, const TrainingMemory& memory);
-    // Allocates, once the model has placed its own arrays in arena_. `scratch` bytes serve its layers' needs.
-    void commit(size_t scratch);
+    // Takes all memory, as arena() lays it out. Until then a model is a plan: its device may be a Device(target).
+    void allocate() override;
+    Arena& arena() { return arena_; }
+    size_t host_bytes() const { return residuals_.host_bytes() + params_.host_bytes(); }
+    const Setup& setup() const { return setup_; }
+    // Of a micro-batch of B sequences; of the update.
+    virtual Work work(int64_t B) const = 0;
+    Work update_work() const;
 
-    // tokens_ to lnf_: rows [start, start+T) of each sequence, written at the same rows of the activations, so that a
-    // sequence can be continued: attention then finds the keys and values of the rows before. start > 0 needs B = 1.
-    virtual void forward(int64_t B, int64_t start, int64_t T) = 0;
-    // dlnf_ to the gradients of all parameters but the unembedding's product.
+protected:
+    // Of the tensors the one that makes logits (Vp,C), and the gains of each block's first LayerNorm and of the last
+    // one; their biases follow them.
+    struct Named {
+        size_t unembedding, ln1w, lnfw;
+    };
+    Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Named& named, const Setup& setup);
+
+    // tokens_ to the last block's output. `start` is the position of the
+    // first token, which in sampling continues a sequence: attention then finds the keys and values of those before in
+    // the cache.
+    virtual void forward(int64_t B, int64_t start, int64_t T, Pass pass) = 0;
+    // dx_, the gradient of the last block's output, to the gradients of all parameters but the unembedding's product
+    // and the last LayerNorm.
     virtual void backward(int64_t B) = 0;
     virtual Header header() const = 0;
-    // backward() says so when it has made all gradients of a layer: those that are staged are then added to the bf16
-    // ones, and their place is free for the next layer.
-    void layer_done(int64_t l);
-    // Attention of T tokens over their own and the `start` tokens before them.
-    AttentionShape attention_shape(int64_t B, int64_t start, int64_t T) const;
+
+    // The blocks' first LayerNorm, which the block before made on its way where all tokens of it have a place.
+    void forget_ln1() { ln1_layer_ = -1; }
+    const real* ln1(int64_t l, int64_t n, int64_t K);                     // of tokens n … n+K
+    void made_ln1(int64_t l) { ln1_layer_ = ln1_.tokens == N_ ? l : -1; } // of all tokens
+    void ln1_backward(int64_t l, int64_t N);                              // dln1_ into dx_
+    // Tokens n … n+K of x(l+1) := input + branch, and the LayerNorm that follows: the next block's first, or the last
+    // one.
+    void end_block(int64_t l, int64_t n, int64_t K, const real* input, const real* branch);
+    // backward() says when it begins with a block and when all gradients of its layer are made: those that are staged
+    // are then added to the bf16 ones, and their place is free for the next layer.
+    void enter_backward(int64_t l);
+    void leave_backward(int64_t l);
+
+    // Attention of T tokens over their own and the `start` tokens before them, for H of the heads.
+    AttentionShape attention_shape(int64_t B, int64_t start, int64_t T, int64_t H) const;
+    // f(n, K): tokens n … n+K, over all of N.
+    template <class F> void for_chunks(int64_t N, F f) const {
+        for (int64_t n = 0; n < N; n += K_) f(n, std::min(K_, N - n));
+    }
+    // f(h, G): heads h … h+G, over all of them.
+    template <class F> void for_head_groups(F f) const {
+        for (int64_t h = 0; h < H_; h += G_) f(h, std::min(G_, H_ - h));
+    }
+
+    // Notes an activation in the arena: kept of all layers where nothing is recomputed, else a chunk of one layer or,
+    // with `whole`, all of its tokens, for the time of `phases`.
+    template <class R> void place_kept(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {
+        place_rows(rows, width, keeps_all_ || whole ? N_ : K_, keeps_all_ ? L_ : 1, name,
+                   keeps_all_ ? kAlways : phases);
+    }
+    // The same of what no layer keeps.
+    template <class R> void place_work(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {
+        place_rows(rows, width, whole ? N_ : K_, 1, name, phases);
+    }
+
+    real* x(int64_t l) const { return residuals_.x(l); }
+    real* atty(int64_t l) const { return residuals_.atty(l); }
+    float* lse(int64_t l) const { return residuals_.lse(l); }
+    bool keeps_attention() const { return setup_.activations.recompute != Recompute::full; }
+
+    // Of all but the embeddings. `parallel`: the MLP reads the block's input, so that it can be gone through again
+    // without attention's projection. `rotary` is the cost of all heads.
+    Work blocks_work(int64_t B, bool parallel, Cost rotary_forward, Cost rotary_backward) const;
     // A matrix (out, in) on N tokens, forward and backward.
     static Cost linear_cost(int64_t N, int64_t in, int64_t out);
     // FLOPs and bytes of the unembedding with its loss and gradients, for N tokens.
     Cost unembedding_cost(int64_t N) const;
 
-    // Layer l's part of a parameter, of its gradient, and of an activation that has `width` elements a token; without
-    // training all layers share one activation.
+    // Layer l's part of a parameter and of its gradient.
     real* w(size_t param, int64_t l = 0) const {
         return params_.list[param].param + l * params_.list[param].layer_count();
     }
@@ -85,30 +158,47 @@ protected:
         const Tensor& t = params_.list[param];
         return t.grad ? t.grad + l * t.layer_count() : t.staged;
     }
-    template <class T> T* at(T* activations, int64_t l, int64_t width) const {
-        return activations + (training_ ? l : 0) * N_ * width;
-    }
 
     const Device& device_;
-    const int64_t B_, T_, N_; // largest batch, context, B·T
-    const bool training_;
+    const Setup setup_;
+    const int64_t B_, T_, N_;          // largest batch, context, B·T
+    const int64_t L_, C_, H_, V_, Vp_; // sizes
+    const int64_t K_, G_;              // tokens of a chunk, heads of a group
+    const bool training_, keeps_all_;
     Tensors params_;
     Arena arena_;
-    void* scratch_ = nullptr;                        // shared by the layers, which need it one at a time
-    int32_t *tokens_ = nullptr, *targets_ = nullptr; // (N)
-    real *lnf_ = nullptr, *dlnf_ = nullptr;          // (N,C) the last LayerNorm's output and, in training, its gradient
+    Residuals residuals_;
+    char *scratch_ = nullptr, *attention_scratch_ = nullptr, *attention_backward_scratch_ = nullptr;
+    int32_t* tokens_ = nullptr; // (N)
+    Rows<real> cache_;          // (L,cached_rows,3C) queries, keys and values of the sequence that is sampled
+    real *dx_ = nullptr, *dln1_ = nullptr; // (N,C) gradients of the residual and of ln1
 
 private:
-    const int64_t C_, H_, V_, Vp_, K_;
-    const size_t unembedding_;
+    const Named named_;
     Recording training_step_, evaluation_;
-    real* logits_ = nullptr;  // (K,Vp)
-    float* losses_ = nullptr; // (N)
+    Rows<real> ln1_, lnf_, dlnf_; // outputs of the blocks' first and of the last LayerNorm
+    Statistics mean1_, rstd1_, meanf_, rstdf_;
+    int64_t ln1_layer_ = -1;     // of which ln1_ holds all tokens; -1: of none
+    int32_t* targets_ = nullptr; // (N)
+    real* logits_ = nullptr;     // (classifier chunk,Vp)
+    float* losses_ = nullptr;    // (N)
     double* loss_ = nullptr;
     float *norm_ = nullptr, *norms_ = nullptr, *scale_ = nullptr; // norms_ (2): of float and of bf16 gradients
     OptimizerCounts* counts_ = nullptr;
     uint64_t draws_ = 0;       // micro-batches so far, which number the noise of bf16 gradients
     uint64_t* draw_ = nullptr; // the same on the device, for kernels that are replayed
+    std::unique_ptr<HostStore> host_;
+    char* pieces_ = nullptr; // of what waits on the host, two that take turns
 
+    template <class R>
+    void place_rows(R& rows, int64_t width, int64_t tokens, int64_t slots, const char* name, Phases phases) {
+        rows.width = width, rows.tokens = tokens, rows.slots = slots;
+        arena_.section(keeps_all_ && phases == kAlways ? "kept activations" : "work space", phases);
+        if constexpr (std::is_same_v<R, Statistics>)
+            arena_.place(rows.data, slots * tokens * width, name);
+        else
+            arena_.place_reals(rows.data, slots * tokens * width, name);
+    }
+    int64_t logits_rows() const;
     void losses(int64_t N, double factor, bool gradients);
 };

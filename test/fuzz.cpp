@@ -302,7 +302,8 @@ TEST_CASE("Pythia weights") {
         pythia::PythiaConfig config;
         FileType type = read_config(file, config);
         demand(config.rope.dims <= config.D() && config.rope.base >= 1 && config.rope.scale >= 1, "the rope can be");
-        auto model = std::make_unique<pythia::Pythia>(device, config, 1, 1, false);
+        auto model = std::make_unique<pythia::Pythia>(device, config, Setup{1, 1, false});
+        model->allocate();
         model->read_file(file, type);
         return std::pair(type, std::move(model));
     });
@@ -317,16 +318,18 @@ TEST_CASE("GPT-2 weights and optimizer states") {
         gpt2::Gpt2Config config;
         FileType type = read_config(file, config);
         demand(config.tied >= 0, "the rule can be");
-        auto model = std::make_unique<gpt2::Gpt2>(device, config, 1, 1, false);
+        auto model = std::make_unique<gpt2::Gpt2>(device, config, Setup{1, 1, false});
+        model->allocate();
         model->read_file(file, type, config, Options());
         return std::pair(type, std::move(model));
     });
 
     for (StateType type : {StateType::fp32, StateType::bf16, StateType::int8})
         for (Rule rule : {Rule::adamw, Rule::lion}) {
-            TrainingMemory memory;
-            memory.rule = rule, memory.state = type;
-            gpt2::Gpt2 model(device, tiny, 1, 1, true, memory);
+            Setup setup{1, 1, true};
+            setup.weights.rule = rule, setup.weights.state = type;
+            gpt2::Gpt2 model(device, tiny, setup);
+            model.allocate();
             std::string whole(state_bytes(model.tensors()), 0x3c);
             {
                 FileWriter writer(folder / "whole.bin");

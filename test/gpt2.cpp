@@ -6,12 +6,11 @@
 #include "../train_gpt2.cu"
 #undef main
 
+#include "memory_check.h"
 #include "scratch.h"
-#include "trainer_check.h"
 
-static std::unique_ptr<Model> make(const golden::Config& c, int64_t B, bool training) {
-    Gpt2Config config{c.maxT, c.V, c.Vp, c.L, c.H, c.C};
-    return std::make_unique<Gpt2>(trainer::device(), config, B, c.T, training);
+static std::unique_ptr<Transformer> make(const golden::Config& c, const Setup& setup) {
+    return std::make_unique<Gpt2>(trainer::device(), Gpt2Config{{c.maxT, c.V, c.Vp, c.L, c.H, c.C}}, setup);
 }
 
 TEST_CASE("logits, loss and gradients are HuggingFace's") {
@@ -30,6 +29,12 @@ TEST_CASE("micro-batches add up to the batch, and a step repeats bit for bit") {
     trainer::check_repetition(make, c);
 }
 
+TEST_CASE("memory options change memory, not the mathematics") {
+    trainer::check_memory_options(make, {13, 4, 96, 3, 29, 128, 11, 2, 11});
+}
+
+TEST_CASE("updates of what waits on the host") { trainer::check_host_updates(make, {7, 2, 64, 2, 29, 128, 11, 2, 9}); }
+
 TEST_CASE("named sizes have the published parameter counts") {
     struct {
         const char* name;
@@ -43,15 +48,7 @@ TEST_CASE("named sizes have the published parameter counts") {
     }
 }
 
-TEST_CASE("gradients in bf16") {
-    auto narrow = [](const golden::Config& c, int64_t B, bool training) {
-        TrainingMemory memory;
-        memory.bf16_grads = true;
-        Gpt2Config config{{c.maxT, c.V, c.Vp, c.L, c.H, c.C}};
-        return std::make_unique<Gpt2>(trainer::device(), config, B, c.T, training, memory);
-    };
-    trainer::check_narrow_gradients(make, narrow, {7, 2, 64, 2, 29, 128, 11, 2, 9});
-}
+TEST_CASE("gradients in bf16") { trainer::check_narrow_gradients(make, {7, 2, 64, 2, 29, 128, 11, 2, 9}); }
 
 TEST_CASE("bytes of the optimizer's states") {
     Options options;
@@ -75,9 +72,10 @@ TEST_CASE("bytes of the optimizer's states") {
 
     // What is planned is what a model has: parts of 256 bytes, one behind the other.
     Gpt2Config small{{16, 61, 128, 2, 2, 64}};
-    TrainingMemory memory;
-    memory.state = StateType::int8, memory.bf16_grads = true;
-    Gpt2 model(trainer::device(), small, 1, 16, true, memory);
+    Setup setup{1, 16, true};
+    setup.weights.state = StateType::int8, setup.weights.bf16_grads = true;
+    Gpt2 model(trainer::device(), small, setup);
+    model.allocate();
     char* at = model.tensors().states;
     for (const Tensor& tensor : model.tensors().list) {
         const bool coded = tensor.states.type == StateType::int8;
@@ -99,9 +97,10 @@ TEST_CASE("bytes of the optimizer's states") {
         file.close();
     }
     auto read_into = [&](Rule rule, StateType type, bool embeddings) {
-        TrainingMemory other;
-        other.rule = rule, other.state = type, other.int8_embeddings = embeddings;
-        Gpt2 reader(trainer::device(), small, 1, 16, true, other);
+        Setup other{1, 16, true};
+        other.weights.rule = rule, other.weights.state = type, other.weights.int8_embeddings = embeddings;
+        Gpt2 reader(trainer::device(), small, other);
+        reader.allocate();
         read_state(trainer::device(), MappedFile(folder / "optimizer.bin"), reader.tensors());
     };
     read_into(Rule::adamw, StateType::int8, false);

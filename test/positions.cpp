@@ -32,7 +32,8 @@ std::unique_ptr<Gpt2> open(const std::string& path, const Options& options, int6
     Gpt2Config from;
     FileType type = read_config(file, from);
     int64_t T = options.context;
-    auto model = std::make_unique<Gpt2>(device(), stretch(from, options, T, path), B, T, true);
+    auto model = std::make_unique<Gpt2>(device(), stretch(from, options, T, path), Setup{B, T, true, T});
+    model->allocate();
     model->read_file(file, type, from, options);
     return model;
 }
@@ -47,7 +48,8 @@ void save(Gpt2& model, const std::string& path) {
 // A model whose every weight is random, with a table of kTable rows, as a file.
 std::string short_model(const ScratchFolder& folder) {
     Gpt2Config config{{kTable, 61, 128, 2, 2, 64}};
-    Gpt2 model(device(), config, 1, kTable, true);
+    Gpt2 model(device(), config, Setup{1, kTable, true});
+    model.allocate();
     golden::Config c{23, 2, 64, 2, 61, 128, kTable, 1, kTable};
     std::vector<std::vector<float>> weights = golden::weights(c);
     for (size_t i = 0; i < weights.size(); i++)

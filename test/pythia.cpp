@@ -6,11 +6,11 @@
 #include "../train_pythia.cu"
 #undef main
 
-#include "trainer_check.h"
+#include "memory_check.h"
 
-static std::unique_ptr<Model> make(const golden::Config& c, int64_t B, bool training) {
+static std::unique_ptr<Transformer> make(const golden::Config& c, const Setup& setup) {
     PythiaConfig config{{c.maxT, c.V, c.Vp, c.L, c.H, c.C}, c.parallel, c.gelu, c.rope};
-    return std::make_unique<Pythia>(trainer::device(), config, B, c.T, training);
+    return std::make_unique<Pythia>(trainer::device(), config, setup);
 }
 
 // Two layers with two heads of 32 dimensions, eight of them rotated.
@@ -60,15 +60,17 @@ TEST_CASE("micro-batches add up to the batch, and a step repeats bit for bit") {
     trainer::check_repetition(make, c);
 }
 
-TEST_CASE("gradients in bf16") {
-    auto narrow = [](const golden::Config& c, int64_t B, bool training) {
-        TrainingMemory memory;
-        memory.bf16_grads = true;
-        PythiaConfig config{{c.maxT, c.V, c.Vp, c.L, c.H, c.C}, c.parallel, c.gelu, c.rope};
-        return std::make_unique<Pythia>(trainer::device(), config, B, c.T, training, memory);
-    };
-    trainer::check_narrow_gradients(make, narrow, small(7, 29, 2, 9));
+TEST_CASE("gradients in bf16") { trainer::check_narrow_gradients(make, small(7, 29, 2, 9)); }
+
+TEST_CASE("memory options change memory, not the mathematics") {
+    golden::Config c = small(13, 29, 2, 11);
+    c.L = 4, c.C = 96, c.H = 3;
+    trainer::check_memory_options(make, c);
+    c.parallel = false;
+    trainer::check_memory_options(make, c);
 }
+
+TEST_CASE("updates of what waits on the host") { trainer::check_host_updates(make, small(7, 29, 2, 9)); }
 
 TEST_CASE("named sizes have the published parameter counts") {
     struct {
@@ -98,7 +100,8 @@ TEST_CASE("weights from scratch are distributed as Pythia's") {
         PythiaConfig c;
         static_cast<ModelSizes&>(c) = {8, 61, 128, L, H, C};
         c.rope.dims = C / H / 4, c.rope.original = 8;
-        Pythia model(trainer::device(), c, 1, 8, false);
+        Pythia model(trainer::device(), c, Setup{1, 8, false});
+        model.allocate();
         model.init_weights(7);
         for (size_t i : {embedin, qkvw, attprojw, fcw, fcprojw, embedout, ln1w, ln2b, fcb}) {
             const Tensor& tensor = model.tensors().list[i];

@@ -11,22 +11,23 @@
 #include <doctest/doctest.h>
 
 #include "../runtime/device.h"
-#include "../runtime/loop.h"
+#include "../runtime/transformer.h"
 #include "check.h"
 #include "golden_oracle.h"
 
 namespace trainer {
 
-// Of the configuration, its context c.T, and batches of up to B sequences.
-using Make = std::function<std::unique_ptr<Model>(const golden::Config& c, int64_t B, bool training)>;
+// Of the configuration.
+using Make = std::function<std::unique_ptr<Transformer>(const golden::Config& c, const Setup& setup)>;
 
 inline Device& device() {
     static Device one(0);
     return one;
 }
 
-inline std::unique_ptr<Model> made(const Make& make, const golden::Config& c, int64_t B, bool training = true) {
-    std::unique_ptr<Model> model = make(c, B, training);
+inline std::unique_ptr<Transformer> made(const Make& make, const golden::Config& c, const Setup& setup) {
+    std::unique_ptr<Transformer> model = make(c, setup);
+    model->allocate();
     const std::vector<std::vector<float>> weights = golden::weights(c);
     const std::vector<golden::Recipe> recipes = golden::tensors(c);
     REQUIRE(model->tensors().list.size() == recipes.size());
@@ -37,6 +38,10 @@ inline std::unique_ptr<Model> made(const Make& make, const golden::Config& c, in
         fill_weights(device(), tensor, [&](int64_t k) { return weights[i][k]; });
     }
     return model;
+}
+// With the configuration's context, batches of up to B sequences, and a cache for a whole one.
+inline std::unique_ptr<Transformer> made(const Make& make, const golden::Config& c, int64_t B, bool training = true) {
+    return made(make, c, Setup{B, c.T, training, c.T});
 }
 
 // Gradients as the host sees them, wherever the device keeps them.
@@ -71,7 +76,7 @@ inline void check_golden(const Make& make, const std::string& name) {
     const golden::Golden want = golden::load("test/golden/" + name + ".json");
     const golden::Config& c = want.config;
     const golden::Batch batch = golden::batch(c);
-    std::unique_ptr<Model> model = made(make, c, c.B);
+    std::unique_ptr<Transformer> model = made(make, c, c.B);
 
     const std::vector<float> all = logits(*model, c, batch);
     golden::Comparison compared = golden::compare("logits", c, want.logits, all.data(), all.size());
@@ -92,7 +97,7 @@ inline void check_golden(const Make& make, const std::string& name) {
 inline void check_training(const Make& make, const std::string& name) {
     const golden::Training want = golden::load_training("test/golden/" + name + ".json");
     const golden::Config& c = want.config;
-    std::unique_ptr<Model> model = made(make, c, c.B);
+    std::unique_ptr<Transformer> model = made(make, c, c.B);
     // fp32: the bound. bf16: master weights keep the course; what is left is the rounding of one forward pass.
     double tolerance = sizeof(real) == 4 ? 1e-4 : kRealEpsilon;
     for (int64_t i = 0; i < want.optimizer.steps; i++) {
@@ -108,7 +113,7 @@ inline void check_training(const Make& make, const std::string& name) {
 
 // The gradient is the derivative of the oracle's loss.
 inline void check_derivative(const Make& make, const golden::Config& c) {
-    std::unique_ptr<Model> model = made(make, c, c.B);
+    std::unique_ptr<Transformer> model = made(make, c, c.B);
     step(*model, golden::batch(c), c.B);
     golden::Oracle<oracle::Complex> truth(c);
     const double h = 1e-30;
@@ -152,7 +157,7 @@ inline void check_derivative(const Make& make, const golden::Config& c) {
 inline void check_repetition(const Make& make, const golden::Config& c) {
     const golden::Batch batch = golden::batch(c);
     const size_t N = batch.tokens.size();
-    std::unique_ptr<Model> whole = made(make, c, c.B), parts = made(make, c, 1), again = made(make, c, c.B);
+    std::unique_ptr<Transformer> whole = made(make, c, c.B), parts = made(make, c, 1), again = made(make, c, c.B);
     step(*whole, batch, c.B);
     parts->begin_step(0);
     for (int64_t b = 0; b < c.B; b++) parts->accumulate(&batch.tokens[b * c.T], &batch.targets[b * c.T], 1, 1.0 / N);
@@ -171,7 +176,7 @@ inline void check_repetition(const Make& make, const golden::Config& c) {
     whole->clear_loss();
     whole->evaluate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / N);
     CHECK(whole->loss() == loss);
-    std::unique_ptr<Model> inference = made(make, c, c.B, false);
+    std::unique_ptr<Transformer> inference = made(make, c, c.B, false);
     inference->clear_loss();
     inference->evaluate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / N);
     // Without a backward pass the GELU is fused into the matmul, whose polynomial is oneDNN's.
@@ -179,9 +184,11 @@ inline void check_repetition(const Make& make, const golden::Config& c) {
 }
 
 // Gradients of layers that are kept in bf16 are the float ones, each micro-batch's added with rounding by chance; with
-// the same step the same bits, with another step another noise. `narrow` makes the model that keeps them.
-inline void check_narrow_gradients(const Make& make, const Make& narrow, const golden::Config& c) {
+// the same step the same bits, with another step another noise.
+inline void check_narrow_gradients(const Make& make, const golden::Config& c) {
     const golden::Batch batch = golden::batch(c);
+    Setup narrow{c.B, c.T, true};
+    narrow.weights.bf16_grads = true;
     // The gradients of `times` micro-batches, as if they were one batch.
     auto gradients = [&](Model& model, int64_t step, int times) {
         model.begin_step(step);
@@ -200,7 +207,7 @@ inline void check_narrow_gradients(const Make& make, const Make& narrow, const g
         }
         return all;
     };
-    std::unique_ptr<Model> wide = made(make, c, c.B), rounded = made(narrow, c, c.B);
+    std::unique_ptr<Transformer> wide = made(make, c, c.B), rounded = made(make, c, narrow);
     const auto want = gradients(*wide, 3, 1), got = gradients(*rounded, 3, 1), again = gradients(*rounded, 3, 1),
                other = gradients(*rounded, 4, 1);
     for (size_t i = 0; i < want.size(); i++) {

@@ -1,0 +1,3 @@
+#include "plan.h"
+
+bool plan_memory(Options&, const MakeModel&) { return false; }
