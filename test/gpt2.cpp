@@ -29,11 +29,13 @@ TEST_CASE("micro-batches add up to the batch, and a step repeats bit for bit") {
     trainer::check_repetition(make, c);
 }
 
-TEST_CASE("memory options change memory, not the mathematics") {
+TEST_CASE("memory options change memory, not the mathematics" * doctest::skip(!check::first_seed())) {
     trainer::check_memory_options(make, {13, 4, 96, 3, 29, 128, 11, 2, 11});
 }
 
-TEST_CASE("updates of what waits on the host") { trainer::check_host_updates(make, {7, 2, 64, 2, 29, 128, 11, 2, 9}); }
+TEST_CASE("updates of what waits on the host" * doctest::skip(!check::first_seed())) {
+    trainer::check_host_updates(make, {7, 2, 64, 2, 29, 128, 11, 2, 9});
+}
 
 TEST_CASE("named sizes have the published parameter counts") {
     struct {
