@@ -20,6 +20,7 @@ LONGHAND_FLAGS = -std=c++20 -Wall -Wextra -Werror=return-type -fopenmp -ffp-cont
 LIBS = -ldnnl -fopenmp
 
 TRAINERS = train_gpt2 train_pythia
+# Besides the layers, kernels/ has one source that every build compiles: scratch.cpp.
 LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate global_norm optimizer
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
@@ -64,7 +65,7 @@ build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) $(RUNTIME:%=build/$(1)/runtime/%.o)
+build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) build/$(1)/scratch.o $(RUNTIME:%=build/$(1)/runtime/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
@@ -98,6 +99,9 @@ build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
 build/$(1)/%.o: kernels/%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
+build/$(1)/scratch.o: kernels/scratch.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
@@ -114,7 +118,7 @@ build/$(1)/test/%.o: test/%.cpp Makefile
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o) $(SIMT:%=build/$(1)/simt/%.o)
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o) $(SIMT:%=build/$(1)/simt/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
@@ -143,6 +147,9 @@ define CUDA_RULES
 build/$(1)/%.o: kernels/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
+build/$(1)/scratch.o: kernels/scratch.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
@@ -161,7 +168,7 @@ build/$(1)/bench/%.o: dev/bench/%.cu Makefile | nvcc
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o)
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_LAYERS = {"device", "ptx", "types", "launch", "common", "math"}
+NOT_LAYERS = {"device", "ptx", "types", "launch", "common", "math", "scratch"}
 MAX_LINES = 600
 MAX_TRAINER_LINES = 1200
 SHARED_LINES = 6

@@ -15,18 +15,14 @@
 
 #include "common.h"
 #include "math.h"
+#include "scratch.h"
 
 namespace {
 
+using namespace scratch::attention;
+
 constexpr double kLn2 = 0.69314718055994531;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// A tile is kRows × kLaneCount scores: rows are keys in the forward pass and queries in the backward pass. Both are
-// multiples of every register block below. Larger tiles load and store the accumulators less often, smaller ones waste
-// less on the diagonal and stay in L1. Tried on Zen 4: 48 rows are 2 to 6% slower at D = 64 and the same elsewhere, 72
-// lie between.
-constexpr int kRows = 96;
-constexpr int kLaneCount = 96;
 
 // Register blocks, rows × vectors. 8×3 and 6×4 use 24 of AVX-512's 32 registers as accumulators, 6×2 uses 12 of the 16
 // that other machines have; the rest hold one row of the right operand and a broadcast. For scores, 8×3 rather than
@@ -156,8 +152,6 @@ inline void pack_lanes(float* out, Heads<const T> x, int64_t b, int64_t t, int64
 inline void write(float* out, Vec v) { store(out, v); }
 inline void write(bf16* out, Vec v) { store(out, v); }
 
-int64_t tiles(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // The keys first .. last of a tile (counted from its first key, last excluded) that query i sees.
 struct Seen {
     int32_t first, last;
@@ -176,8 +170,6 @@ inline bool all_seen(const AttentionShape& s, int64_t b, int64_t i, int m, int64
 }
 
 // --- Forward -------------------------------------------------------------------------------------------------------
-
-template <int D> constexpr int64_t forward_floats() { return 2 * D * kLaneCount + 2 * kRows * D + kRows * kLaneCount; }
 
 // Scores of one key tile to weights: s (n,kLaneCount) holds base-2 scores and gets 2^(s − m), m and sum (lanes) are the
 // running maximum and sum, keep (lanes) gets what the earlier tiles' O is multiplied by. `tile_max` has the maxima of
@@ -288,27 +280,12 @@ template <int D, class Out> void forward(Heads<Out> o, float* lse, Heads<const r
     for (int64_t item = 0; item < items; item++) {
         int64_t tile = per_row - 1 - item % per_row, h = item / per_row % s.H, b = item / per_row / s.H;
         int64_t i = tile * kLaneCount;
-        forward_tile<D>(o, lse, q, k, v, scale, (float*)scratch + omp_get_thread_num() * forward_floats<D>(), s, b, h,
-                        i, int(std::min<int64_t>(kLaneCount, s.Tq - i)));
+        forward_tile<D>(o, lse, q, k, v, scale, (float*)scratch + omp_get_thread_num() * forward_floats(D), s, b, h, i,
+                        int(std::min<int64_t>(kLaneCount, s.Tq - i)));
     }
 }
 
 // --- Backward ------------------------------------------------------------------------------------------------------
-
-// Rows of a head's query tiles, the last one filled up.
-int64_t padded_rows(int64_t Tq) { return tiles(Tq, kRows) * kRows; }
-
-// What the threads that share a head hold together: dQ, Δ and LSE in base 2.
-int64_t head_floats(const AttentionShape& s) { return padded_rows(s.Tq) * (s.D + 2); }
-// What each thread holds for itself.
-constexpr int64_t backward_floats(int64_t D) { return 5 * D * kLaneCount + 2 * kRows * D + 2 * kRows * kLaneCount; }
-
-// Two ways to share the work: a head to a thread, each with a dQ of its own; or all threads on one head after another,
-// with one dQ. The better one keeps fewer key tiles waiting for the slowest thread.
-bool threads_share_heads(const AttentionShape& s, int64_t threads) {
-    int64_t heads = s.B * s.H, keys = tiles(s.Tk, kLaneCount);
-    return heads * tiles(keys, threads) < tiles(heads, threads) * keys;
-}
 
 struct Team {
     int64_t size, member, groups;
@@ -494,8 +471,6 @@ template <int D, class T> void backward(const Gradients<T>& gradients, Heads<con
     }
 }
 
-constexpr const char* kRefusal = "attention: no kernel for this head dim; it must be 32, 64, 80, 128 or 256";
-
 // body(std::integral_constant<int, D>) for the head dim at hand.
 template <class Body> void with_head_dim(int64_t D, Body body) {
     switch (D) {
@@ -510,25 +485,11 @@ template <class Body> void with_head_dim(int64_t D, Body body) {
     case 256:
         return body(std::integral_constant<int, 256>());
     default:
-        require(false, "attention: head dim must be 32, 64, 80, 128 or 256");
+        require_head_dim(D);
     }
 }
 
 } // namespace
-
-bool attention_supports(int64_t D) { return D == 32 || D == 64 || D == 80 || D == 128 || D == 256; }
-
-size_t attention_forward_scratch(const AttentionShape& shape) {
-    size_t bytes = 0;
-    with_head_dim(shape.D, [&](auto D) { bytes = omp_get_max_threads() * forward_floats<D>() * sizeof(float); });
-    return bytes;
-}
-
-size_t attention_backward_scratch(const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
-    int64_t threads = omp_get_max_threads(), heads = threads_share_heads(shape, threads) ? 1 : threads;
-    return (threads * backward_floats(shape.D) + heads * head_floats(shape)) * sizeof(float);
-}
 
 void attention_forward(Stream, Heads<real> o, float* lse, Heads<const real> q, Heads<const real> k, Heads<const real> v,
                        float scale, void* scratch, const AttentionShape& shape) {

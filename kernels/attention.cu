@@ -4,13 +4,11 @@
 
 #include "attention_flash.h"
 #include "attention_plain.h"
-#include "common.h"
 #include "device.h"
 #include "launch.h"
+#include "scratch.h"
 
 namespace {
-
-constexpr const char* kRefusal = "attention: no kernel for this head dim; it must be 32, 64, 80, 128 or 256";
 
 // The flash kernels, if they take this call: true when it is done. T is `real`, a template parameter so that fp32
 // builds, which have no flash kernels, do not compile the calls.
@@ -64,30 +62,15 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 } // namespace
 
-bool attention_supports(int64_t D) { return D == 32 || D == 64 || D == 80 || D == 128 || D == 256; }
-
-size_t attention_forward_scratch(const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
-    return 0;
-}
-
-size_t attention_backward_scratch(const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
-    // Which kernels it will be depends on pointers and strides too, so there is room for either.
-    constexpr float kAnyScale = 1;
-    size_t bytes = plain::backward_scratch(shape);
-    return flash::supports(shape, kAnyScale) ? std::max(bytes, flash::backward_scratch(shape)) : bytes;
-}
-
 void attention_forward(Stream stream, Heads<real> o, float* lse, Heads<const real> q, Heads<const real> k,
                        Heads<const real> v, float scale, void*, const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
+    require_head_dim(shape.D);
     if (!flash_forward(stream, o, lse, q, k, v, scale, shape)) plain::forward(stream, o, lse, q, k, v, scale, shape);
 }
 
 void attention_forward_partial(Stream stream, Heads<float> o, float* lse, Heads<const real> q, Heads<const real> k,
                                Heads<const real> v, float scale, void*, const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
+    require_head_dim(shape.D);
     if (!flash_forward(stream, o, lse, q, k, v, scale, shape))
         plain::forward_partial(stream, o, lse, q, k, v, scale, shape);
 }
@@ -105,7 +88,7 @@ void attention_merge(Stream stream, Heads<float> o, float* lse, Heads<const floa
 void attention_backward(Stream stream, Heads<real> dq, Heads<real> dk, Heads<real> dv, Heads<const real> dout,
                         Heads<const real> q, Heads<const real> k, Heads<const real> v, Heads<const real> o,
                         const float* lse, float scale, void* scratch, const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
+    require_head_dim(shape.D);
     if (!flash_backward(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape))
         plain::backward(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape);
 }
@@ -114,7 +97,7 @@ void attention_backward_partial(Stream stream, Heads<float> dq, Heads<float> dk,
                                 Heads<const real> dout, Heads<const real> q, Heads<const real> k, Heads<const real> v,
                                 Heads<const real> o, const float* lse, float scale, void* scratch,
                                 const AttentionShape& shape) {
-    require(attention_supports(shape.D), kRefusal);
+    require_head_dim(shape.D);
     if (!flash_backward(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape))
         plain::backward_partial(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape);
 }

@@ -39,7 +39,7 @@ struct AttentionShape {
 };
 
 // Head dims with kernels: 32, 64, 80, 128, 256.
-bool attention_supports(int64_t D);
+constexpr bool attention_supports(int64_t D) { return D == 32 || D == 64 || D == 80 || D == 128 || D == 256; }
 
 // o (B,Tq,H,D) `=`, lse (B,H,Tq) `=`. q (B,Tq,H,D), k and v (B,Tk,H,D). scale is usually 1/sqrt(D). No aliasing.
 // scratch: attention_forward_scratch(shape) bytes, 64-byte aligned.
@@ -49,7 +49,7 @@ void attention_forward(Stream stream, Heads<real> o, float* lse, Heads<const rea
 // The same with O in float: the part of a row that these keys make, normalised over these keys alone.
 void attention_forward_partial(Stream stream, Heads<float> o, float* lse, Heads<const real> q, Heads<const real> k,
                                Heads<const real> v, float scale, void* scratch, const AttentionShape& shape);
-size_t attention_forward_scratch(const AttentionShape& shape);
+size_t attention_forward_scratch(const AttentionShape& shape, const Target& target = this_target());
 
 // (o, lse) := the row that both parts make together. o (B,Tq,H,D) and lse (B,H,Tq) in place; part, part_lse the same
 // shapes. With s = sigmoid(part_lse − lse):  o −= s·(o − part),  lse −= ln sigmoid(lse − part_lse); no exp of a large
@@ -69,7 +69,7 @@ void attention_backward_partial(Stream stream, Heads<float> dq, Heads<float> dk,
                                 Heads<const real> dout, Heads<const real> q, Heads<const real> k, Heads<const real> v,
                                 Heads<const real> o, const float* lse, float scale, void* scratch,
                                 const AttentionShape& shape);
-size_t attention_backward_scratch(const AttentionShape& shape);
+size_t attention_backward_scratch(const AttentionShape& shape, const Target& target = this_target());
 
 // Pairs (i,j) that the offsets leave visible in one row and head; documents, which only take pairs away, are not
 // counted off.

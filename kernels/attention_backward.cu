@@ -20,10 +20,6 @@ namespace {
 
 constexpr int kThreads = 256; // of the kernels without tiles
 
-struct Statistics { // of a query, for its exponential and its dS
-    float lse, delta;
-};
-
 template <int D> constexpr int kRowLanes = static_cast<int>(std::bit_ceil(unsigned{D / 8}));
 
 // For each query and head its statistics, LSE in base 2. A query that saw nothing gets +∞, which makes 2^(S − LSE) = 0
@@ -399,24 +395,9 @@ __global__ void __launch_bounds__(backward_tile<D>(Small, false).threads(), back
         }
 }
 
-// Heads that are worked on together: all, or those whose sums for dQ may be held at once.
-int64_t heads_at_once(const AttentionShape& s) {
-    int64_t sums = s.B * s.Tq * s.D * static_cast<int64_t>(sizeof(float)); // of a head
-    if (s.deterministic || sums == 0 || s.H <= 1) return s.H;
-    return std::clamp<int64_t>(s.most_sums / sums, 1, s.H);
-}
-// Heads first .. first + count of a call.
-AttentionShape group_of(AttentionShape s, int64_t count) {
-    s.lse_batch = s.lse_stride();
-    s.H = count;
-    return s;
-}
 template <class T> Heads<T> group_of(Heads<T> x, int64_t first) {
     return {x.row(0, 0, first), x.batch, x.token, x.head};
 }
-
-// Statistics first, then dQ's sums; both multiples of 64 bytes.
-int64_t rows_of(const AttentionShape& s) { return (s.B * s.H * s.Tq + 15) / 16 * 16; }
 
 template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv,
                                                  Heads<const bf16> dout, Heads<const bf16> q, Heads<const bf16> k,
@@ -451,11 +432,6 @@ template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> dq, H
 }
 
 } // namespace
-
-size_t backward_scratch(const AttentionShape& s) {
-    size_t sums = s.deterministic ? 0 : s.D * sizeof(float);
-    return rows_of(group_of(s, heads_at_once(s))) * (sizeof(Statistics) + sums);
-}
 
 template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv, Heads<const bf16> dout,
                                    Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v, Heads<const bf16> o,

@@ -1,6 +1,8 @@
 // The flash kernels of the attention layer, as kernels/attention.cu sees them: attention.h's passes in bf16 on tensor
 // cores, for the shapes that `supports` names. The plain kernels take all others.
 #pragma once
+#include <algorithm>
+
 #include "attention.h"
 
 namespace flash {
@@ -11,8 +13,13 @@ template <class T> bool aligned(const Heads<T>& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % n == 0 && x.token % n == 0 && x.head % n == 0;
 }
 
-// Is there a kernel? True for D 32, 64, 80, 128 and 256 in bf16 builds, if scale is positive (the running maximum is
-// taken before the scale) and lengths are below 2^30. `heads` are all tensors of the call.
+// Is there a kernel for bf16? True for lengths below 2^30 of every head dim.
+inline bool has_tiles(const AttentionShape& s) {
+    constexpr int64_t kLongest = int64_t(1) << 30;
+    return attention_supports(s.D) && s.Tq < kLongest && s.Tk < kLongest;
+}
+// And for this call? Not in fp32 builds, nor where scale is not positive (the running maximum is taken before the
+// scale). `heads` are all tensors of the call.
 bool supports(const AttentionShape& shape, float scale);
 template <class... T> bool supports(const AttentionShape& shape, float scale, const Heads<T>&... heads) {
     return supports(shape, scale) && (aligned(heads) && ...);
@@ -26,8 +33,32 @@ template <class Out> void forward(Stream stream, Heads<Out> o, float* lse, Heads
 template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, Heads<Out> dv, Heads<const bf16> dout,
                                    Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v, Heads<const bf16> o,
                                    const float* lse, float scale, void* scratch, const AttentionShape& shape);
+
+// ---- The scratch of the backward pass: statistics first, then dQ's sums; both multiples of 64 bytes ----
+
+struct Statistics { // of a query, for its exponential and its dS
+    float lse, delta;
+};
+
+// Heads that are worked on together: all, or those whose sums for dQ may be held at once.
+inline int64_t heads_at_once(const AttentionShape& s) {
+    int64_t sums = s.B * s.Tq * s.D * static_cast<int64_t>(sizeof(float)); // of a head
+    if (s.deterministic || sums == 0 || s.H <= 1) return s.H;
+    return std::clamp<int64_t>(s.most_sums / sums, 1, s.H);
+}
+// Heads first .. first + count of a call.
+inline AttentionShape group_of(AttentionShape s, int64_t count) {
+    s.lse_batch = s.lse_stride();
+    s.H = count;
+    return s;
+}
+inline int64_t rows_of(const AttentionShape& s) { return (s.B * s.H * s.Tq + 15) / 16 * 16; }
+
 // 8 bytes a query and head for Δ and LSE; where the order may be any 4·D more for dQ's sums, of no more heads at a time
 // than shape.most_sums holds.
-size_t backward_scratch(const AttentionShape& shape);
+inline size_t backward_scratch(const AttentionShape& s) {
+    size_t sums = s.deterministic ? 0 : s.D * sizeof(float);
+    return rows_of(group_of(s, heads_at_once(s))) * (sizeof(Statistics) + sums);
+}
 
 } // namespace flash

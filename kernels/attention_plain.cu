@@ -389,6 +389,4 @@ void backward_partial(Stream stream, Heads<float> dq, Heads<float> dk, Heads<flo
     run_backward(stream, dq, dk, dv, dout, q, k, v, o, lse, scale, scratch, shape, true);
 }
 
-size_t backward_scratch(const AttentionShape& s) { return sizeof(float) * s.B * s.H * s.Tq; }
-
 } // namespace plain

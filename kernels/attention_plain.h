@@ -19,6 +19,6 @@ void backward_partial(Stream stream, Heads<float> dq, Heads<float> dk, Heads<flo
                       Heads<const real> q, Heads<const real> k, Heads<const real> v, Heads<const real> o,
                       const float* lse, float scale, void* scratch, const AttentionShape& shape);
 // 4 bytes a query and head, for Δ.
-size_t backward_scratch(const AttentionShape& shape);
+inline size_t backward_scratch(const AttentionShape& s) { return sizeof(float) * s.B * s.H * s.Tq; }
 
 } // namespace plain

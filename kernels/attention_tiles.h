@@ -84,8 +84,7 @@ inline size_t shared_per_block() {
 
 template <int D> constexpr int tile_bytes(int rows) { return rows * D * static_cast<int>(sizeof(bf16)); }
 
-// Head dims with tiles. f(std::integral_constant<int, D>) for the one at hand.
-constexpr bool has_tiles(int64_t D) { return D == 32 || D == 64 || D == 80 || D == 128 || D == 256; }
+// f(std::integral_constant<int, D>) for the head dim at hand.
 template <class F> void with_head_dim(int64_t D, F f) {
     if (D == 32) f(std::integral_constant<int, 32>());
     if (D == 64) f(std::integral_constant<int, 64>());

@@ -38,8 +38,6 @@ void embedding_forward(Stream, real* out, const int32_t* tokens, const real* wte
     });
 }
 
-size_t embedding_backward_scratch(const EmbeddingShape&) { return 0; }
-
 // Two tokens may share a row, so no two threads may add to the same element: threads are laid out as slices of the
 // channels, and where there are more threads than slices worth having, as groups that own the rows of every so-many'th
 // token and position. Whoever owns an element walks all tokens in order, so the sums do not depend on the threads.

@@ -9,8 +9,11 @@
 #include "device.h"
 #include "launch.h"
 #include "ptx.h"
+#include "scratch.h"
 
 namespace {
+
+using namespace scratch::embedding;
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
 
@@ -46,8 +49,7 @@ template <int N> __global__ void __launch_bounds__(kThreads)
 // in order, 32 pairs a round: that is what makes the pass stable, and no warp needs to know more of another than its
 // counts. Four passes sort any 32 bits; the two that a vocabulary of 50257 leaves idle cost less than knowing better.
 
-constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits, kPasses = 32 / kDigitBits;
-constexpr int kRounds = 16, kTile = kRounds * kWarpSize; // pairs
+constexpr int kPasses = 32 / kDigitBits, kRounds = kTile / kWarpSize;
 constexpr size_t kDigitsBytes = kWarps * kDigits * sizeof(int32_t);
 
 __device__ __forceinline__ int digit_of(uint64_t pair, int pass) {
@@ -155,7 +157,6 @@ __global__ void __launch_bounds__(kThreads) move_pairs(uint64_t* to, const uint6
 // by row, as short runs do; each later one is summed apart into a row of `partial`, and those are added to the table in
 // order. So runs of up to kPiece rows are summed exactly in token order, and where a run is cut depends on the tokens
 // alone. Each warp takes a strip of 32·N columns.
-constexpr int kPiece = 256;
 
 __device__ __forceinline__ uint32_t key_at(const uint64_t* pairs, int64_t i) {
     return static_cast<uint32_t>(load_global(pairs + i) >> 32);
@@ -246,25 +247,6 @@ template <int N> __global__ void __launch_bounds__(kThreads)
     store_floats(dwpe + i, sum);
 }
 
-// ---- The scratch of a backward pass ----
-struct Scratch {
-    uint64_t *pairs, *other;  // (N), (N)
-    int32_t *counts, *totals; // (kDigits,tiles), (kDigits)
-    float* partial;           // (N/kPiece + 1,C)
-    int64_t tiles;
-    size_t bytes;
-
-    Scratch(void* memory, int64_t N, int64_t C) : tiles((N + kTile - 1) / kTile), bytes(0) {
-        auto place = [&](auto*& pointer, int64_t n) {
-            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(memory) + bytes);
-            bytes += (n * sizeof *pointer + 63) / 64 * 64;
-        };
-        place(pairs, N), place(other, N);
-        place(counts, kDigits * tiles), place(totals, kDigits);
-        place(partial, (N / kPiece + 1) * C);
-    }
-};
-
 // scratch.pairs (N) = keys (N) and their indices, sorted.
 void sort(Stream stream, const Scratch& scratch, const int32_t* keys, int64_t N) {
     launch(make_pairs, blocks_for(N, kThreads), kThreads, 0, stream, scratch.pairs, keys, N);
@@ -308,10 +290,6 @@ void embedding_forward(Stream stream, real* out, const int32_t* tokens, const re
     bool wide = aligned(out) && aligned(wte) && aligned(wpe) && C % kWide == 0;
     launch(wide ? forward<kWide> : forward<1>, blocks_for(N, kWarps), kThreads, 0, stream, out, tokens, shape.positions,
            wte, wpe, N, shape.T, C, shape.position0);
-}
-
-size_t embedding_backward_scratch(const EmbeddingShape& shape) {
-    return Scratch(nullptr, shape.B * shape.T, shape.C).bytes;
 }
 
 void embedding_backward(Stream stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens, void* scratch,

@@ -23,7 +23,7 @@ void embedding_forward(Stream stream, real* out, const int32_t* tokens, const re
 // bytes, 64-byte aligned.
 void embedding_backward(Stream stream, float* dwte, float* dwpe, const real* dout, const int32_t* tokens, void* scratch,
                         const EmbeddingShape& shape);
-size_t embedding_backward_scratch(const EmbeddingShape& shape);
+size_t embedding_backward_scratch(const EmbeddingShape& shape, const Target& target = this_target());
 
 inline Cost embedding_forward_cost(const EmbeddingShape& s, bool with_positions) {
     double n = double(s.B) * s.T, row = double(s.C) * sizeof(real);

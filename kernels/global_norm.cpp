@@ -4,12 +4,11 @@
 
 #include "common.h"
 #include "math.h"
+#include "scratch.h"
 
 namespace {
 
-constexpr int64_t kBlock = 1 << 16; // elements behind one partial sum; fixed, so that no thread count changes the norm
-
-int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+using namespace scratch::global_norm;
 
 // Σ x², where the product of two floats is exact in double.
 template <class T> double sum_of_squares(const T* x, int64_t n) {
@@ -40,8 +39,6 @@ template <class T> void norm_of(float* norm, const T* grads, void* scratch, int6
 }
 
 } // namespace
-
-size_t global_norm_scratch(int64_t n) { return blocks_of(n) * sizeof(double); }
 
 void global_norm(Stream, float* norm, const float* grads, void* scratch, int64_t n) {
     norm_of(norm, grads, scratch, n);

@@ -9,20 +9,11 @@
 #include "common.h"
 #include "device.h"
 #include "launch.h"
+#include "scratch.h"
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kUnroll = 4;        // loads of 16 bytes under way in a thread: 64 KB on an SM with 1024 threads
-constexpr int64_t kBlocks = 1056; // 8 for each SM of an H100
-
-// Elements of each block, whole rounds of kUnroll loads a thread; the last block may have fewer, or none.
-template <class T> int64_t run_of(int64_t n) {
-    constexpr int64_t kRound = kThreads * kUnroll * Pack128<T>::size;
-    const int64_t rounds = (n + kRound - 1) / kRound;
-    return (rounds + kBlocks - 1) / kBlocks * kRound;
-}
-template <class T> int64_t blocks_of(int64_t n) { return n == 0 ? 0 : (n + run_of<T>(n) - 1) / run_of<T>(n); }
+using namespace scratch::global_norm;
 
 // Exact: double has room for the product of two floats.
 template <class T> __device__ __forceinline__ double square(T x) { return double(to_float(x)) * to_float(x); }
@@ -84,9 +75,6 @@ template <class T> void norm_of(Stream stream, float* norm, const T* grads, void
 }
 
 } // namespace
-
-// bf16 has as many blocks or fewer: its runs are whole rounds of twice as many elements.
-size_t global_norm_scratch(int64_t n) { return blocks_of<float>(n) * sizeof(double); }
 
 void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n) {
     norm_of(stream, norm, grads, scratch, n);

@@ -13,7 +13,7 @@
 // type and alignment alone. scratch: global_norm_scratch(n) bytes for either type, 64-byte aligned.
 void global_norm(Stream stream, float* norm, const float* grads, void* scratch, int64_t n);
 void global_norm(Stream stream, float* norm, const bf16* grads, void* scratch, int64_t n);
-size_t global_norm_scratch(int64_t n);
+size_t global_norm_scratch(int64_t n, const Target& target = this_target());
 
 // norm (1) `=` the norm of what has these `n` norms (n) in its parts.
 void combine_norms(Stream stream, float* norm, const float* norms, int64_t n);

@@ -8,8 +8,11 @@
 
 #include "common.h"
 #include "math.h"
+#include "scratch.h"
 
 namespace {
+
+using namespace scratch::layernorm;
 
 // A row to be normalised: x (C) as it is, or x + y rounded to real, computed anew in each sweep since both are in L1.
 struct Row {
@@ -145,18 +148,11 @@ void residual_layernorm_forward(Stream, real* residual, real* out, float* mean, 
     });
 }
 
-// Each thread sums dw and db over its rows in a place of its own, (2,C) with C rounded up to whole cache lines.
-static int64_t partial_stride(int64_t C) { return (C + 15) / 16 * 16; }
-
-size_t layernorm_backward_scratch(int64_t, int64_t C) {
-    return size_t(omp_get_max_threads()) * 2 * partial_stride(C) * sizeof(float);
-}
-
 // With norm = (x − mean)·rstd and dnorm = dout·w:
 //   dinp += rstd · (dnorm − Σ_c dnorm / C − norm · Σ_c dnorm·norm / C)       dw += Σ_n dout·norm      db += Σ_n dout
 void layernorm_backward(Stream, real* dinp, float* dw, float* db, const real* dout, const real* inp, const real* w,
                         const float* mean, const float* rstd, void* scratch, int64_t N, int64_t C) {
-    const int64_t stride = partial_stride(C);
+    const int64_t stride = part_stride(C);
     float* partials = static_cast<float*>(scratch); // (threads,2,stride)
 #pragma omp parallel
     {

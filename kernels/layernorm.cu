@@ -12,8 +12,11 @@
 #include "device.h"
 #include "launch.h"
 #include "ptx.h"
+#include "scratch.h"
 
 namespace {
+
+using namespace scratch::layernorm;
 
 constexpr int kWide = Pack128<real>::size;
 
@@ -170,20 +173,12 @@ struct BackwardArrays {
     int row_warps; // threads of a row / 32
 };
 
-// Three arrays are read at once, 48 bytes a thread and pack. To hide 700 ns at 35 GB/s an SM needs some 25 KB under
-// way, and twice that while half of the warps sit in a reduction. Two blocks on each SM of an H100: 16 warps of 3 packs
-// have 72 KB, 1024 threads of one pack 48 KB.
-constexpr int64_t kBackwardBlocks = 264;
 // A warp takes no rows of 4 packs: with their sums, floats of x and dout that the compiler keeps from the first sweep
 // to the second, and dinp, they need more than the 128 registers that let two such blocks be there.
 constexpr int kWarpFormWarps = 8;   // of a block where each row has one warp: 128 registers a thread
 constexpr int kGroupFormWarps = 16; // of a block where a row has more, in whole rows: 64 registers a thread
 constexpr int64_t kWarpColumns = 3 * kWarpSize * kWide; // the widest row for a warp: GPT-2's 768 of bf16
 constexpr int64_t kGroupColumns = 1024 * kWide;         // the widest row for a block with one pack a thread
-
-// Depends on N alone, so that the scratch of a large batch serves a small one.
-int64_t backward_blocks(int64_t N) { return std::min(kBackwardBlocks, N); }
-int64_t part_stride(int64_t C) { return (C + 15) / 16 * 16; } // whole cache lines
 
 template <int N> __device__ __forceinline__ void store_sums(float* to, const float (&sums)[N]) {
     if constexpr (N == 1) {
@@ -371,10 +366,6 @@ void layernorm_forward(Stream stream, real* out, float* mean, float* rstd, const
 void residual_layernorm_forward(Stream stream, real* residual, real* out, float* mean, float* rstd, const real* x,
                                 const real* y, const real* w, const real* b, int64_t N, int64_t C, float eps) {
     run_forward<true>(stream, {residual, out, mean, rstd, x, y, w, b, N, C, eps});
-}
-
-size_t layernorm_backward_scratch(int64_t N, int64_t C) {
-    return size_t(backward_blocks(N)) * 2 * part_stride(C) * sizeof(float);
 }
 
 void layernorm_backward(Stream stream, real* dinp, float* dw, float* db, const real* dout, const real* inp,

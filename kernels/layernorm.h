@@ -26,7 +26,7 @@ void residual_layernorm_forward(Stream stream, real* residual, real* out, float*
 // scratch: layernorm_backward_scratch(N, C) bytes, 64-byte aligned.
 void layernorm_backward(Stream stream, real* dinp, float* dw, float* db, const real* dout, const real* inp,
                         const real* w, const float* mean, const float* rstd, void* scratch, int64_t N, int64_t C);
-size_t layernorm_backward_scratch(int64_t N, int64_t C);
+size_t layernorm_backward_scratch(int64_t N, int64_t C, const Target& target = this_target());
 
 inline Cost layernorm_forward_cost(int64_t N, int64_t C) {
     double n = double(N) * C;

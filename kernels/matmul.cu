@@ -30,10 +30,6 @@ constexpr cudaDataType_t kReal = sizeof(real) == sizeof(float) ? CUDA_R_32F : CU
 // and that before it a pass of their own is faster; not measured here. In fp32 they are never fused: see above.
 constexpr int kGeluFusedFrom = 9;
 
-// Room for the partial sums of products that are split along K. NVIDIA recommends 32 MiB from Hopper on and 4 before;
-// twice and eight times that leave the heuristic every choice. dbias puts its partial sums here too.
-constexpr size_t kWorkspaceHopper = size_t{64} << 20, kWorkspace = size_t{32} << 20;
-
 void check_cublas(cublasStatus_t status, const char* what) {
     if (status != CUBLAS_STATUS_SUCCESS) throw RunFailed(std::string(what) + ": " + cublasLtGetStatusString(status));
 }
@@ -280,7 +276,7 @@ Matmul* matmul_open(Stream stream) {
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
                "matmul: asking for the GPU's compute capability");
     check_cublas(cublasLtCreate(&mm->handle), "matmul: opening cuBLASLt");
-    size_t bytes = major >= 9 ? kWorkspaceHopper : kWorkspace;
+    const size_t bytes = matmul_workspace(this_target(), major);
     mm->workspace = device_alloc(bytes);
     mm->workspace_bytes = bytes;
     mm->fuses_gelu = kReal == CUDA_R_16BF && major >= kGeluFusedFrom;

@@ -16,6 +16,13 @@ struct Matmul;
 Matmul* matmul_open(Stream stream);
 void matmul_close(Matmul* mm);
 
+// Bytes that cuBLASLt is given at opening for the partial sums of products that are split along K; dbias puts its own
+// there too. NVIDIA recommends 32 MiB from Hopper (compute capability 9) on and 4 before; twice and eight times that
+// leave the heuristic every choice. Of an unknown GPU the larger. oneDNN is given what each product asks for.
+inline size_t matmul_workspace(const Target& target, int capability_major = 9) {
+    return !target.cuda ? 0 : size_t(capability_major >= 9 ? 64 : 32) << 20;
+}
+
 // out (N,OC) `=`. pre (N,OC) `=` or null: keep the pre-activation for the backward pass (kind != none only).
 // inp (N,C), w (OC,C), bias (OC) or null. No aliasing. GELU is taken of the float sum where it is part of the product,
 // else of the sum rounded to real.

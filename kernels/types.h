@@ -56,6 +56,16 @@ struct Target {
 // A CUDA stream in the cuda build, null in the cpu build.
 using Stream = struct StreamOpaque*;
 
+// What a plan is made for: a backend, its type of weights and activations, and the threads of a CPU. Every build knows
+// the scratch of every layer for every target, linked or not (scratch.cpp).
+struct Target {
+    bool cuda;
+    int64_t real_bytes;
+    int64_t threads;
+};
+// This build's own, with as many threads as OpenMP would start now (runtime/device_cpu.cpp, device_cuda.cpp).
+Target this_target();
+
 // What one call of a layer costs at best: every input byte read once, every output byte written once (`+=` counts as
 // both). Benches, the step line's percent of peak and the memory planner read these, so they are code.
 struct Cost {

@@ -91,6 +91,8 @@ struct Staging {
     }
 };
 
+Target this_target() { return {.cuda = true, .real_bytes = sizeof(real), .threads = omp_get_max_threads()}; }
+
 Device::Device(int64_t wanted) {
     if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
     target = this_target();

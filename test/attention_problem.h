@@ -45,28 +45,7 @@ template <class T> struct Tensor {
     }
 };
 
-// Scratch of exactly the size asked for, full of NaN, with guards behind it.
-class Scratch {
-public:
-    explicit Scratch(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kGuards, 0xff) {
-        memset(get() + bytes_, kGuardByte, kGuards);
-    }
-    unsigned char* get() { // 64-byte aligned
-        size_t past = reinterpret_cast<uintptr_t>(memory_.data()) % kGuards;
-        return memory_.data() + (past ? kGuards - past : 0);
-    }
-    ~Scratch() {
-        bool hold = true;
-        for (size_t i = 0; i < kGuards; i++) hold = hold && get()[bytes_ + i] == kGuardByte;
-        CHECK_MESSAGE(hold, "scratch was overrun");
-    }
-
-private:
-    static constexpr size_t kGuards = 64;
-    static constexpr unsigned char kGuardByte = 0x5a;
-    size_t bytes_;
-    Vector<unsigned char> memory_;
-};
+using check::Scratch;
 
 // One head of a dense (B,rows,H,D).
 template <class N>

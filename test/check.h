@@ -116,17 +116,30 @@ private:
     Vector<T> all_;
 };
 
-// Scratch as the contracts want it: 64-byte aligned and full of NaN.
+// Scratch as the contracts want it, of exactly the size asked for: 64-byte aligned, full of NaN, with guards behind it.
 class Scratch {
 public:
-    explicit Scratch(size_t bytes) : data_(bytes + 64, 0xff) {}
-    operator void*() {
-        size_t past = reinterpret_cast<uintptr_t>(data_.data()) % 64;
-        return data_.data() + (past ? 64 - past : 0);
+    explicit Scratch(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kGuards, 0xff) {
+        memset(get() + bytes_, kGuardByte, kGuards);
     }
+    ~Scratch() {
+        bool hold = true;
+        for (size_t i = 0; i < kGuards; i++) hold = hold && get()[bytes_ + i] == kGuardByte;
+        CHECK_MESSAGE(hold, "scratch was overrun");
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    unsigned char* get() {
+        size_t past = reinterpret_cast<uintptr_t>(memory_.data()) % kGuards;
+        return memory_.data() + (past ? kGuards - past : 0);
+    }
+    operator void*() { return get(); }
 
 private:
-    Vector<unsigned char> data_;
+    static constexpr size_t kGuards = 64;
+    static constexpr unsigned char kGuardByte = 0x5a;
+    size_t bytes_;
+    Vector<unsigned char> memory_;
 };
 
 // Runs `body` with each number of threads; more threads than cores or rows is a case of its own. The simulator's
