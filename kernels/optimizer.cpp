@@ -98,40 +98,35 @@ int total(VecInt v) {
     return sum;
 }
 
-// Byte 2 of each of 64 words.
-constexpr int kBytes = 64;
-typedef uint8_t Bytes __attribute__((vector_size(kBytes), may_alias));
-Bytes third_bytes(const VecInt (&words)[kBytes / kLanes]) {
+// to (64) = byte 2 of each of 64 words.
+constexpr int kPack = 64 / kLanes;
+void pack_third_bytes(uint8_t* to, const VecInt (&words)[kPack]) {
 #if defined(__AVX512VBMI__)
     const __m512i at = _mm512_maskz_broadcast_i32x4(
         0xffff, _mm_setr_epi8(2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62));
     __m512i bytes = {};
-    for (int q = 0; q < 4; q++)
+    for (int q = 0; q < kPack; q++)
         bytes = _mm512_mask_permutexvar_epi8(bytes, uint64_t(0xffff) << (16 * q), at, (__m512i)words[q]);
-    return (Bytes)bytes;
+    memcpy(to, &bytes, sizeof bytes);
 #else
-    uint8_t bytes[kBytes];
-    for (int q = 0; q < kBytes / kLanes; q++) narrow_bytes(bytes + q * kLanes, words[q] >> 16 & 0xff);
-    Bytes v;
-    memcpy(&v, bytes, sizeof v);
-    return v;
+    for (int q = 0; q < kPack; q++) narrow_bytes(to + q * kLanes, words[q] >> 16 & 0xff);
 #endif
 }
 
 // codes (256) of x (256), of which none is −0 and absmax is the largest magnitude.
 template <Book book> void quantise(uint8_t* codes, float absmax, const float* x) {
     const float inverse = 1 / absmax;
-    for (int i = 0; i < kCodeBlock; i += kBytes) {
-        VecInt words[kBytes / kLanes];
-        for (int q = 0; q < kBytes / kLanes; q++) {
+    for (int i = 0; i < kCodeBlock; i += kPack * kLanes) {
+        VecInt words[kPack];
+        for (int q = 0; q < kPack; q++) {
             const VecInt bits = (VecInt)(load(x + i + q * kLanes) * inverse);
             words[q] = bits + gather(kTables.cells[int(book)], (VecInt)((VecBits)bits >> 16));
         }
-        Bytes code = third_bytes(words);
-        constexpr uint8_t zero = kZeroCode, mirror = kZeroCode - 1;
-        if (book == Book::signed_values) code = code < zero ? mirror - code : code;
-        memcpy(codes + i, &code, sizeof code);
+        pack_third_bytes(codes + i, words);
     }
+    if (book == Book::unsigned_values) return;
+#pragma omp simd
+    for (int i = 0; i < kCodeBlock; i++) codes[i] = codes[i] < kZeroCode ? kZeroCode - 1 - codes[i] : codes[i];
 }
 
 struct BlockCounts {
