@@ -13,40 +13,62 @@ namespace {
 typedef uint8_t VecByte __attribute__((vector_size(kLanes), may_alias));
 
 struct Tables {
-    // code → value, −0.993 to 1 or 0 to 1
-    float values[2][256];
-    // r → the largest float not above the middle of magnitudes r − 1 and r: what is above it is nearer to r.
-    float borders[2][256];
+    // code → the bits of its value, −0.993 to 1 or 0 to 1
+    uint32_t values[2][256];
+    // The upper half of a float x's bits → what, added to them, makes byte 2 the code nearest to x. No two borders
+    // between codes agree in their upper halves, so the lower half of x tells only on which side of one border x lies:
+    // beyond it the sum carries into the code. For that, codes below zero must grow with the magnitude: they are
+    // mirrored, 126 − code. Any x finds a cell, 0 and NaN too; the few that occur stay in the L1 cache.
+    uint32_t cells[2][1 << 16];
 
     Tables() {
         for (Book book : {Book::signed_values, Book::unsigned_values}) {
-            float* value = values[int(book)];
-            float* border = borders[int(book)];
-            for (int k = 0; k <= largest_magnitude(book); k++) {
+            uint32_t* value = values[int(book)];
+            const int largest = largest_magnitude(book);
+            // r → the largest float not above the middle of magnitudes r − 1 and r: what is above it is nearer to r.
+            uint32_t borders[256] = {};
+            for (int k = 0; k <= largest; k++) {
                 const float magnitude = code_magnitude(book, k);
-                if (book == Book::unsigned_values) {
-                    value[k] = magnitude;
-                } else {
-                    value[kZeroCode + k] = magnitude;
-                    if (k > 0 && k <= kZeroCode) value[kZeroCode - k] = -magnitude;
-                }
+                const int zero = book == Book::signed_values ? kZeroCode : 0;
+                value[zero + k] = std::bit_cast<uint32_t>(magnitude);
+                if (k > 0 && k <= zero) value[zero - k] = std::bit_cast<uint32_t>(-magnitude);
                 if (k == 0) continue;
                 // The sum of two magnitudes is exact in double: both lie within 2^-22 and 1.
                 const double middle = (double(code_magnitude(book, k - 1)) + magnitude) / 2;
-                border[k] = float(middle);
-                if (border[k] > middle) border[k] = std::nextafter(border[k], 0.f);
+                float border = float(middle);
+                if (border > middle) border = std::nextafter(border, 0.f);
+                borders[k] = std::bit_cast<uint32_t>(border);
             }
+            if (book == Book::unsigned_values) {
+                fill_cells(cells[int(book)], borders, 0, largest, 0);
+            } else {
+                fill_cells(cells[int(book)], borders, 0, largest, kZeroCode);
+                fill_cells(cells[int(book)] + 0x8000, borders, 1, kZeroCode, -1); // never 0
+            }
+        }
+    }
+
+    // For the floats of one sign: magnitude k, from smallest to largest, is code k + offset. borders: their bits.
+    static void fill_cells(uint32_t* cells, const uint32_t* borders, int smallest, int largest, int offset) {
+        const uint32_t sign = offset < 0 ? 0x80000000u : 0;
+        int k = smallest;
+        for (uint32_t upper = 0; upper < 0x8000; upper++) {
+            const uint32_t bits = upper << 16;
+            while (k < largest && borders[k + 1] < bits) k++;
+            const bool holds_border = k < largest && borders[k + 1] >> 16 == upper;
+            const uint32_t rest = holds_border ? 0xffff - (borders[k + 1] & 0xffff) : 0;
+            cells[upper] = (uint32_t(k + offset) << 16 | rest) - (sign | bits);
         }
     }
 };
 const Tables kTables;
 
-Vec gather(const float* table, VecInt at) {
+VecInt gather(const uint32_t* table, VecInt at) {
 #if defined(__AVX512F__)
-    return (Vec)_mm512_mask_i32gather_ps(__m512(), 0xffff, (__m512i)at, table, 4);
+    return (VecInt)_mm512_mask_i32gather_epi32(__m512i(), 0xffff, (__m512i)at, table, 4);
 #else
-    Vec v;
-    for (int lane = 0; lane < kLanes; lane++) v[lane] = table[at[lane]];
+    VecInt v;
+    for (int lane = 0; lane < kLanes; lane++) v[lane] = int32_t(table[at[lane]]);
     return v;
 #endif
 }
@@ -69,16 +91,6 @@ void narrow_bytes(uint8_t* p, VecInt v) {
     memcpy(p, &bytes, sizeof bytes);
 }
 
-bool any(VecInt mask) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-    bool found = false;
-    for (int lane = 0; lane < kLanes; lane++) found |= mask[lane] != 0;
-    return found;
-#endif
-}
-
 // Of the lanes of counters that went down: a comparison is −1 where it holds.
 int total(VecInt v) {
     int sum = 0;
@@ -86,52 +98,62 @@ int total(VecInt v) {
     return sum;
 }
 
+// to (64) = byte 2 of each of 64 words.
+constexpr int kPack = 64 / kLanes;
+void pack_third_bytes(uint8_t* to, const VecInt (&words)[kPack]) {
+#if defined(__AVX512VBMI__)
+    const __m512i at = _mm512_maskz_broadcast_i32x4(
+        0xffff, _mm_setr_epi8(2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62));
+    __m512i bytes = {};
+    for (int q = 0; q < kPack; q++)
+        bytes = _mm512_mask_permutexvar_epi8(bytes, uint64_t(0xffff) << (16 * q), at, (__m512i)words[q]);
+    memcpy(to, &bytes, sizeof bytes);
+#else
+    for (int q = 0; q < kPack; q++) narrow_bytes(to + q * kLanes, words[q] >> 16 & 0xff);
+#endif
+}
+
+// codes (256) of x (256), of which none is −0 and absmax is the largest magnitude.
+template <Book book> void quantise(uint8_t* codes, float absmax, const float* x) {
+    const float inverse = 1 / absmax;
+    for (int i = 0; i < kCodeBlock; i += kPack * kLanes) {
+        VecInt words[kPack];
+        for (int q = 0; q < kPack; q++) {
+            const VecInt bits = (VecInt)(load(x + i + q * kLanes) * inverse);
+            words[q] = bits + gather(kTables.cells[int(book)], (VecInt)((VecBits)bits >> 16));
+        }
+        pack_third_bytes(codes + i, words);
+    }
+    if (book == Book::unsigned_values) return;
+#pragma omp simd
+    for (int i = 0; i < kCodeBlock; i++) codes[i] = codes[i] < kZeroCode ? kZeroCode - 1 - codes[i] : codes[i];
+}
+
 struct BlockCounts {
     int vanished = 0; // would be code 0 without a floor
     bool saturated = false;
 };
 
-// What few blocks need: the last word on values that are nearest to 0, and the counts. x (256) and its codes (256).
+// What few blocks need: the floor of v's code, and the counts. x (256) and its codes (256).
 template <Book book> BlockCounts settle_small(uint8_t* codes, const float* x, bool floor) {
     constexpr bool kUnsigned = book == Book::unsigned_values;
+    uint8_t small = 0;
+#pragma omp simd reduction(| : small)
+    for (int i = 0; i < kCodeBlock; i++) small |= kUnsigned ? codes[i] <= 1 : uint8_t(codes[i] - (kZeroCode - 1)) <= 2;
+    if (!small) return {};
+
     VecInt positive = {}, low = {}, vanished = {};
     for (int i = 0; i < kCodeBlock; i += kLanes) {
         const Vec value = load(x + i);
         const VecInt code = widen_bytes(codes + i), down = kZeroCode - code;
         const VecInt k = kUnsigned ? code : down > -down ? down : -down;
+        // A comparison is −1 where it holds.
         const VecInt some = (VecInt)(value != 0.f), gone = some & (k == 0);
         positive += some, low += some & (k <= 1);
         if (kUnsigned) vanished += gone;
         if (kUnsigned && floor) narrow_bytes(codes + i, code - gone);
-        if (!kUnsigned) narrow_bytes(codes + i, code + (gone & (value < 0.f)));
     }
     return {total(vanished), 2 * total(low) > total(positive)};
-}
-
-// codes (256) of x (256), whose largest magnitude is absmax.
-template <Book book> BlockCounts quantise(uint8_t* codes, float absmax, const float* x, bool floor) {
-    const float inverse = 1 / absmax;
-
-    constexpr int kLargest = largest_magnitude(book);
-    VecInt smallest = VecInt{} + kLargest;
-    for (int i = 0; i < kCodeBlock; i += kLanes) {
-        const Vec value = load(x + i), a = abs(value) * inverse;
-        // All lines for all: to leave those of small values to vectors that have some costs more in missed branches.
-        const Vec position = code_position<book>(a, splat(kLargest), [](Vec p, Vec q) { return min(p, q); });
-        const VecInt r = (VecInt)(position + kRoundToInteger) & kIntegerBits;
-        // A comparison is −1 where it holds.
-        VecInt k = r - 1 - (VecInt)(a > gather(kTables.borders[int(book)], r));
-        const VecInt other = value == 0.f ? VecInt{} + kLargest : k;
-        smallest = other < smallest ? other : smallest;
-        if (book == Book::signed_values) {
-            const VecInt sign = (VecInt)value >> 31; // −1 below zero, where the largest magnitude is missing
-            const VecInt most = sign + kLargest;
-            k = k < most ? k : most;
-            k = (k ^ sign) - sign + kZeroCode;
-        }
-        narrow_bytes(codes + i, k);
-    }
-    return any((VecInt)(smallest <= 1)) ? settle_small<book>(codes, x, floor) : BlockCounts();
 }
 
 // ---- Unpacking and packing ----
@@ -203,24 +225,24 @@ template <Rule rule> std::pair<int, BlockCounts> step_coded(const CodedBlock& bl
     const float m_unit = *block.m_absmax, v_unit = rule == Rule::adamw ? *block.v_absmax : 0;
     alignas(64) float m_new[kCodeBlock], v_new[kCodeBlock];
     // Floats that are not negative are ordered as their bits are.
-    VecInt m_largest = {}, v_largest = {}, passed_over = {};
+    VecInt m_largest = {}, v_largest = {}, stepped = {};
     for (int i = 0; i < kCodeBlock; i += kLanes) {
-        Vec p = load(block.p + i), m = gather(kTables.values[0], widen_bytes(block.m + i)) * m_unit, v = {};
-        if (rule == Rule::adamw) v = gather(kTables.values[1], widen_bytes(block.v + i)) * v_unit;
+        Vec p = load(block.p + i), m = (Vec)gather(kTables.values[0], widen_bytes(block.m + i)) * m_unit, v = {};
+        if (rule == Rule::adamw) v = (Vec)gather(kTables.values[1], widen_bytes(block.v + i)) * v_unit;
         const VecInt finite = (VecInt)optimizer_step<rule, VectorRoot>(p, m, v, load(block.grads + i) * scale, f);
-        passed_over -= finite + 1;
+        stepped += finite;
         const VecInt m_bits = (VecInt)abs(m), v_bits = (VecInt)v;
         m_largest = m_bits > m_largest ? m_bits : m_largest;
         v_largest = v_bits > v_largest ? v_bits : v_largest;
-        store(block.p + i, p), store(m_new + i, m), store(v_new + i, v);
+        store(block.p + i, p), store(m_new + i, m + 0.f), store(v_new + i, v); // −0 + 0 is 0
     }
     *block.m_absmax = std::max(max((Vec)m_largest), kSmallestAbsmax);
-    BlockCounts counts = quantise<Book::signed_values>(block.m, *block.m_absmax, m_new, false);
-    if (rule == Rule::adamw) {
-        *block.v_absmax = std::max(max((Vec)v_largest), kSmallestAbsmax);
-        counts = quantise<Book::unsigned_values>(block.v, *block.v_absmax, v_new, floor_v);
-    }
-    return {total(passed_over), counts};
+    quantise<Book::signed_values>(block.m, *block.m_absmax, m_new);
+    const int passed_over = kCodeBlock - total(stepped);
+    if (rule == Rule::lion) return {passed_over, settle_small<Book::signed_values>(block.m, m_new, false)};
+    *block.v_absmax = std::max(max((Vec)v_largest), kSmallestAbsmax);
+    quantise<Book::unsigned_values>(block.v, *block.v_absmax, v_new);
+    return {passed_over, settle_small<Book::unsigned_values>(block.v, v_new, floor_v)};
 }
 
 // A last block of fewer elements, among zeros that stay zeros.

@@ -104,6 +104,18 @@ TEST_CASE("m gets the nearest code: every float of a fine grid, both signs, and 
     for (float absmax : s.m_absmax) CHECK(absmax == 1);
 }
 
+TEST_CASE("m of −0 is 0, but never m < 0, even where its part of absmax is none; nor is v > 0") {
+    Vector<float> grads(256, -0.f);
+    grads[1] = -1e-45f, grads[2] = 1e-45f, grads[3] = 1e-20f, grads[255] = 1e5f;
+    State s(256); // codes 0: m is negative, and β · m is −0
+    s.m_absmax[0] = 1;
+    s.update(grads.data(), 1, kNoMomentum);
+    for (int i : {0, 2, 3, 4, 100, 254}) CHECK(s.m[i] == 127);
+    CHECK(s.m[1] == 126);
+    CHECK(s.v[0] == 0);
+    CHECK(s.v[3] == 1); // 5e-41 of 5e9
+}
+
 // v = 0.5·code + 0.5·g² in float, where code is the state's: for each value a code and a g that make it exactly.
 TEST_CASE("v gets the nearest code: every float of a fine grid, and around every border; floor on and off") {
     std::vector<float> values, grads;
