@@ -11,8 +11,8 @@
 # Before anything is downloaded it prints the memory of its longest stage, and ends with exit code 3 if that does not fit.
 # Stopped, it goes on where it was when started again. Rotary positions are stretched by YaRN, anew at each stage. To fit,
 # optimizer states are in 8 bits, gradients in bf16, and there are no float master weights (STATE, GRAD, MASTER). Of 40 GB
-# a card shows a little less, hence MEMORY. A stage's time is attention's: 7 C T L FLOPs a token (C 2048, L 24), so at 150
-# TFLOP/s a step of 131,072 tokens takes a minute and one of 1,048,576 most of an hour (derived). Disk: about 50 GB.
+# a card shows a little less, hence MEMORY. By the plan a step of 131,072 tokens takes 40 seconds, one of 524,288 ten
+# minutes and one of 1,048,576 50, nearly all of it attention. Disk: about 60 GB.
 # shellcheck source=scripts/stages.sh
 . "$(dirname "$0")/stages.sh"
 NAME=${NAME:-EleutherAI/pythia-1.4b-deduped}
@@ -20,6 +20,7 @@ RUN=${RUN:-runs/million_1.4b_40GB}
 CONTEXT=${CONTEXT:-131072}
 MEMORY=${MEMORY:-39GiB}
 HOST_MEMORY=${HOST_MEMORY:-}
+GPU=${GPU:-a100-40}
 SIZE=${SIZE:-1.4b}
 SHORT=${SHORT:-2048}
 POSITIONS=(--rope "${ROPE:-yarn}")

@@ -9,14 +9,15 @@
 # Before anything is downloaded it prints the memory of its longest stage, and ends with exit code 3 if that does not fit.
 # Stopped, it goes on where it was when started again. Position t looks up row t mod 1,024 of GPT-2's table (--positions
 # tied): a table of a million rows would be 0.8 billion parameters. Of 16 GB a card shows a little less, hence MEMORY.
-# A stage's time is attention's: 7 C T L FLOPs a token (C 768, L 12), so at 50 TFLOP/s a step of 262,144 tokens takes a
-# minute and a half, and one of 1,048,576 half an hour (derived). Disk: about 8 GB.
+# By the plan a step of 262,144 tokens takes an L4 a minute and a half and one of 1,048,576 25 minutes, nearly all of
+# it attention. Disk: about 8 GB.
 # shellcheck source=scripts/stages.sh
 . "$(dirname "$0")/stages.sh"
 RUN=${RUN:-runs/million_124M}
 CONTEXT=${CONTEXT:-262144}
 MEMORY=${MEMORY:-15GiB}
 HOST_MEMORY=${HOST_MEMORY:-}
+GPU=${GPU:-l4}
 SIZE=${SIZE:-124M}
 SHORT=${SHORT:-1024}
 POSITIONS=(--positions tied)

@@ -1,6 +1,6 @@
 # What the recipes for long context share; they source it before anything else. Settings come from the environment:
 # RUN, MODEL, TEXT, CORPUS, CORPUS_FILES, TOKENS, CONTEXT, SHORT, TOKENS_PER_STEP, STEPS, LR, WARMUP, VAL_TOKENS,
-# TRAINER, DEPS; the recipes have the defaults. OPTIONS are more options of the trainer, words apart, and go to training
+# TRAINER, DEPS, GPU, PLAN_FOR; the recipes have the defaults. OPTIONS are more options of the trainer, words apart, and go to training
 # alone, never to the evaluations. DRY=1 says each command and runs none. SETUP=0 leaves out dev/setup.sh, for machines
 # without apt: .venv with requirements.txt is then there already, and DEPS is the folder of dev/deps.sh that make takes
 # headers from.
@@ -136,14 +136,16 @@ table() {
 }
 
 # What training at context $1 takes of memory, further options behind; exit 3 if that does not fit. A dry run plans too,
-# once there is a trainer. SIZE is the model to plan for as long as its weights are not there, PLAN_FOR the build.
+# once there is a trainer. SIZE is the model to plan for as long as its weights are not there; PLAN_FOR, cuda or cpu, the
+# build; GPU the one whose speed a step's time is estimated from.
 plan() {
-    local context=$1 start=(--init "$WEIGHTS") dry=
+    local context=$1 start=(--init "$WEIGHTS") build=(--plan-for "${PLAN_FOR:-cuda}") dry=
     shift
     [[ -e $WEIGHTS ]] || start=(--model "$SIZE")
+    [[ ${build[1]} == cpu || -z ${GPU:-} ]] || build+=(--gpu "$GPU")
     command -v "$TRAINER" >/dev/null || dry=${DRY:-}
     # shellcheck disable=SC2086
-    DRY=$dry step "$TRAINER" --plan --plan-for "${PLAN_FOR:-cuda}" "${start[@]}" --context "$context" --batch 1 \
+    DRY=$dry step "$TRAINER" --plan "${build[@]}" "${start[@]}" --context "$context" --batch 1 \
         --tokens-per-step "$TOKENS_PER_STEP" "$@" ${OPTIONS:-}
     [[ -z $dry ]] || echo "  $TRAINER is not there: once make has built it, a dry run prints the plan too"
 }

@@ -17,7 +17,7 @@ SHORT, LONG = 64, 256
 LETTERS = "abcdefgh"
 SETTINGS = {"RUN", "MODEL", "NAME", "TEXT", "CORPUS", "CORPUS_FILES", "TOKENS", "CONTEXT", "SHORT", "STAGES", "STEPS",
             "TOKENS_PER_STEP", "LR", "WARMUP", "VAL_TOKENS", "TRAINER", "OPTIONS", "DEPS", "SETUP", "DRY", "ROPE", "SIZE",
-            "VOCAB", "MEMORY", "HOST_MEMORY", "PLAN_FOR", "COMPARE", "STATE", "MASTER", "GRAD"}
+            "VOCAB", "MEMORY", "HOST_MEMORY", "PLAN_FOR", "GPU", "COMPARE", "STATE", "MASTER", "GRAD"}
 # A thread more only gets into the way of models as small as these.
 BARE = {key: value for key, value in os.environ.items() if key not in SETTINGS} | {"OMP_NUM_THREADS": "1"}
 
