@@ -7,8 +7,8 @@
 #     SIZE=6,384,6 STEPS=500 RUN=runs/small scripts/long_gpt2_scratch.sh
 #
 # Stopped, it goes on where it was when started again. The position table has a trained row for each of the 8,192. What
-# does not fit MEMORY is recomputed or worked on in chunks. 2,500 steps of 524,288 tokens are 1.3 billion, about what the
-# two files have: nine hours at 40,000 tokens/s (derived). Disk: about 15 GB.
+# does not fit MEMORY is recomputed or worked on in chunks. 2,500 steps of 524,288 tokens are 1.3 billion, about what
+# the two files have: nine hours at 40,000 tokens/s (derived). Disk: about 13 GB.
 # shellcheck source=scripts/recipe.sh
 . "$(dirname "$0")/recipe.sh"
 RUN=${RUN:-runs/long_gpt2_scratch}

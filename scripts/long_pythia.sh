@@ -13,10 +13,10 @@
 #
 # Stopped, it goes on where it was when started again, without the network once model and tokens are there. On a GPU of
 # 40 GB: at batch 1 in bf16 13 GB of activations, 2.8 of weights, 5.7 of float master weights, 5.7 of gradients, 4.1 of
-# optimizer states in 8 bits (the embeddings' in fp32). Disk: about 65 GB. Of these a checkpoint is 9.8, and two are kept
-# while a third is written, of the training at 2,048 one while a second is; the Pile's files and their tokens are 2.1,
-# and the model as downloaded, at the start and exported 11.5. The essay that this follows took 512 sequences a step,
-# with 8-bit Lion at lr 1e-5; its loss at 2k was about 2.1, and at 8k fell from 3.2 to 2.1 in 30 hours.
+# optimizer states in 8 bits (the embeddings' in fp32). Disk: about 55 GB. Of these a checkpoint is 9.8, and two are
+# kept while a third is written, of the training at 2,048 one; the Pile's files and their tokens are 2.1, and the model
+# as downloaded, at the start and exported 11.5. The essay that this follows took 512 sequences a step, with 8-bit Lion
+# at lr 1e-5; its loss at 2k was about 2.1, and at 8k fell from 3.2 to 2.1 in 30 hours.
 # shellcheck source=scripts/recipe.sh
 . "$(dirname "$0")/recipe.sh"
 NAME=${NAME:-EleutherAI/pythia-1.4b-deduped}

@@ -1,9 +1,9 @@
-# What the recipes for long context share; they source it before anything else. Settings come from the environment:
-# RUN, MODEL, TEXT, CORPUS, CORPUS_FILES, TOKENS, CONTEXT, SHORT, TOKENS_PER_STEP, STEPS, LR, WARMUP, VAL_TOKENS,
-# TRAINER, DEPS, GPU, PLAN_FOR; the recipes have the defaults. OPTIONS are more options of the trainer, words apart, and go to training
-# alone, never to the evaluations. DRY=1 says each command and runs none. SETUP=0 leaves out dev/setup.sh, for machines
-# without apt: .venv with requirements.txt is then there already, and DEPS is the folder of dev/deps.sh that make takes
-# headers from.
+# What the recipes for long context share; they source it before anything else. Settings come from the environment: RUN,
+# MODEL, TEXT, CORPUS, CORPUS_FILES, TOKENS, CONTEXT, SHORT, TOKENS_PER_STEP, STEPS, LR, WARMUP, VAL_TOKENS, TRAINER,
+# DEPS, GPU, PLAN_FOR; the recipes have the defaults. OPTIONS are more options of the trainer, words apart, and go to
+# training alone, never to the evaluations. DRY=1 says each command and runs none. SETUP=0 leaves out dev/setup.sh, for
+# machines without apt: .venv with requirements.txt is then there already, and DEPS is the folder of dev/deps.sh that
+# make takes headers from.
 # shellcheck shell=bash
 set -euo pipefail
 shopt -s lastpipe # a function that reads from a pipe keeps what it read
@@ -136,8 +136,8 @@ table() {
 }
 
 # What training at context $1 takes of memory, further options behind; exit 3 if that does not fit. A dry run plans too,
-# once there is a trainer. SIZE is the model to plan for as long as its weights are not there; PLAN_FOR, cuda or cpu, the
-# build; GPU the one whose speed a step's time is estimated from.
+# once there is a trainer. SIZE is the model to plan for as long as its weights are not there; PLAN_FOR, cuda or cpu,
+# the build; GPU the one whose speed a step's time is estimated from.
 plan() {
     local context=$1 start=(--init "$WEIGHTS") build=(--plan-for "${PLAN_FOR:-cuda}") dry=
     shift

@@ -16,8 +16,8 @@ FAMILIES = ["gpt2", "pythia"]
 SHORT, LONG = 64, 256
 LETTERS = "abcdefgh"
 SETTINGS = {"RUN", "MODEL", "NAME", "TEXT", "CORPUS", "CORPUS_FILES", "TOKENS", "CONTEXT", "SHORT", "STAGES", "STEPS",
-            "TOKENS_PER_STEP", "LR", "WARMUP", "VAL_TOKENS", "TRAINER", "OPTIONS", "DEPS", "SETUP", "DRY", "ROPE", "SIZE",
-            "VOCAB", "MEMORY", "HOST_MEMORY", "PLAN_FOR", "GPU", "COMPARE", "STATE", "MASTER", "GRAD"}
+            "TOKENS_PER_STEP", "LR", "WARMUP", "VAL_TOKENS", "TRAINER", "OPTIONS", "DEPS", "SETUP", "DRY", "ROPE",
+            "SIZE", "VOCAB", "MEMORY", "HOST_MEMORY", "PLAN_FOR", "GPU", "COMPARE", "STATE", "MASTER", "GRAD"}
 # A thread more only gets into the way of models as small as these.
 BARE = {key: value for key, value in os.environ.items() if key not in SETTINGS} | {"OMP_NUM_THREADS": "1"}
 
@@ -116,7 +116,7 @@ class StandIns:
         return [line.split() for line in (self.root / "calls").read_text().splitlines()]
 
     def start(self, recipe, fails=0, cwd=None, **settings):
-        """The commands that it ran, or with DRY=1 would have, or with `fails`, the exit code, what it said on stderr."""
+        """The commands that it ran, or with DRY=1 would have, or with `fails`, the exit code, its on stderr."""
         settings = {"TRAINER": str(self.root / "trainer")} | settings
         (self.root / "calls").write_text("")
         done = call(self.root / "scripts" / recipe, cwd=cwd or self.root,

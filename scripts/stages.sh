@@ -21,12 +21,18 @@ stages_to() {
     printf '%s:%s' "$1" "$LAST_STEPS"
 }
 
-# Refuses what is no list of stages; CONTEXT becomes that of the last one.
+# Refuses what is no list of stages; without one it is what CONTEXT gives. CONTEXT becomes that of the last stage.
 check_stages() {
-    local stage before=0
+    local stage before=0 me
+    me=$(basename "$0")
+    if [[ ! $CONTEXT =~ ^[1-9][0-9]{0,9}$ ]]; then
+        echo "$me: CONTEXT '$CONTEXT' is not a number of tokens such as 262144" >&2
+        exit 2
+    fi
+    STAGES=${STAGES:-$(stages_to "$CONTEXT")}
     for stage in $STAGES; do
         if [[ ! $stage =~ ^[1-9][0-9]{0,9}:[1-9][0-9]{0,7}$ ]] || ((${stage%:*} <= before)); then
-            echo "$(basename "$0"): STAGES '$STAGES': at '$stage': give CONTEXT:STEPS, words apart, contexts growing" >&2
+            echo "$me: STAGES '$STAGES': at '$stage': give CONTEXT:STEPS, words apart, contexts growing" >&2
             exit 2
         fi
         before=${stage%:*}
@@ -38,7 +44,6 @@ check_stages() {
 # its positions, TYPES those that keep states, master weights and gradients small.
 run_stages() {
     local stage context from
-    STAGES=${STAGES:-$(stages_to "$CONTEXT")}
     check_stages
     TOKENS_PER_STEP=${TOKENS_PER_STEP:-$CONTEXT}
     VAL_TOKENS=${VAL_TOKENS:-$((CONTEXT > 524288 ? CONTEXT : 524288))}

@@ -1,5 +1,5 @@
-"""The recipes for a million tokens and for GPT-2 from scratch: every stage end to end on a small model, the same knobs at
-small contexts, and what they do with their settings, on stand-ins for the programs that they call."""
+"""The recipes for a million tokens and for GPT-2 from scratch: every stage end to end on a small model, the same knobs
+at small contexts, and what they do with their settings, on stand-ins for the programs that they call."""
 
 import json
 import random
@@ -91,6 +91,9 @@ def test_stages_are_checked(stand_ins):
         says = stand_ins.start("million_124M_16GB.sh", 2, STAGES=stages)
         assert "million_124M_16GB.sh: STAGES" in says and "CONTEXT:STEPS" in says and says.count("\n") == 1
         assert not stand_ins.calls()
+    for context in ("1M", "0", "8192 ", "x"):
+        says = stand_ins.start("million_1.4b_40GB.sh", 2, CONTEXT=context)
+        assert f"million_1.4b_40GB.sh: CONTEXT '{context}' is not" in says and says.count("\n") == 1
     for recipe in TARGETS:
         commands = called(stand_ins.start(recipe, DRY="1", STAGES="4096:7 65536:2"), "--resume")
         assert [(value(c, "--context"), value(c, "--steps")) for c in commands] == [("4096", "7"), ("65536", "2")]
@@ -129,7 +132,8 @@ def test_a_small_model_climbs_the_stages(start, tmp_path, where):
     recipe = "million_124M_16GB.sh" if family == "gpt2" else f"million_1.4b_{'40' if where == 'card' else '80'}GB.sh"
     # What the planner would choose for want of memory is said here, so that it happens at this size.
     words = "--recompute block --chunk 128 --head-group 1" if where == "card" else "--recompute full --offload residual"
-    settings = ladder_settings(start, tmp_path, OPTIONS=f"--threads 1 {words}", HOST_MEMORY="" if where == "card" else "1GiB")
+    host = "" if where == "card" else "1GiB"
+    settings = ladder_settings(start, tmp_path, OPTIONS=f"--threads 1 {words}", HOST_MEMORY=host)
     said = run(f"scripts/{recipe}", **settings)
     first, last = STAGES
     outs = {context: tmp_path / f"run/{context}" for context in STAGES}
@@ -153,7 +157,7 @@ def test_a_small_model_climbs_the_stages(start, tmp_path, where):
         f"at {SHORT}, in the end": evaluate(outs[last], SHORT),
     }
     assert rows == pytest.approx(expected, abs=2e-3) and list(rows) == list(expected)
-    # It knows its text at once where positions are right (ln 8 = 2.08 would be knowing nothing), and each stage teaches.
+    # It knows its text at once where positions are right (ln 8 = 2.08 is knowing nothing), and each stage teaches.
     assert max(rows.values()) < 1
     for context in STAGES:
         assert rows[f"at {context}, after"] < rows[f"at {context}, before training there"] - 0.005
