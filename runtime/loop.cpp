@@ -206,7 +206,18 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
     write_file_whole(options.out + "/options.toml", options_toml(options, model.family()));
     int64_t keep_bytes = start.resume ? start.resume->meta.at("log_bytes").get<int64_t>() : 0;
     log_ = std::make_unique<RunLog>(options.out + "/log.jsonl", keep_bytes);
-    if (!start.resume) return;
+    if (!start.resume) {
+        const Planned& planned = options.planned;
+        log_->write({{"event", "plan"},
+                     {"bytes", planned.bytes},
+                     {"host_bytes", planned.host_bytes},
+                     {"peak_phase", planned.peak_phase},
+                     {"recompute", options.recompute},
+                     {"chunk", options.chunk},
+                     {"head_group", options.head_group},
+                     {"offload", options.offload}});
+        return;
+    }
     if (due(options_.save_every) || step_ == options_.steps) log_save();
     progress_.say("resumed " + start.resume->path);
 }
@@ -361,6 +372,7 @@ void Run::steps() {
 static void train(Options& options, const Device& device, Model& model, const Start& start) {
     catch_stop_signals();
     printf("%s\n%s\n", device_line(device).c_str(), model.describe().c_str());
+    if (!options.planned.note.empty()) printf("%s\n", options.planned.note.c_str());
     Run(options, device, model, start).steps();
 }
 

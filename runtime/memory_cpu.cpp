@@ -1,8 +1,11 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <string>
 
 #include <sys/mman.h>
@@ -29,6 +32,33 @@ void* managed_alloc(size_t bytes) {
 void managed_free(void* pointer) { free(pointer); }
 
 bool device_is_host() { return true; }
+
+// The least limit of the process's control group and of those above it; "max" and files that are not there are none.
+static size_t group_limit() {
+    size_t least = SIZE_MAX;
+    auto take = [&](const std::string& path) {
+        size_t limit = 0;
+        if (std::ifstream(path) >> limit) least = std::min(least, limit);
+    };
+    std::ifstream groups("/proc/self/cgroup");
+    for (std::string line; std::getline(groups, line);) {
+        if (line.rfind("0::", 0) != 0) continue;
+        for (std::string group = line.substr(3); !group.empty(); group.resize(group.rfind('/')))
+            take("/sys/fs/cgroup" + group + "/memory.max");
+    }
+    take("/sys/fs/cgroup/memory.max");                   // a container's own
+    take("/sys/fs/cgroup/memory/memory.limit_in_bytes"); // version 1
+    return least;
+}
+
+size_t available_bytes() {
+    std::ifstream info("/proc/meminfo");
+    size_t kilobytes = 0;
+    for (std::string word; info >> word;)
+        if (word == "MemAvailable:" && info >> kilobytes) break;
+    const size_t least = std::min(kilobytes ? kilobytes * 1024 : SIZE_MAX, group_limit());
+    return least == SIZE_MAX ? 0 : least / 10 * 9;
+}
 
 size_t peak_resident_bytes() {
     rusage usage;

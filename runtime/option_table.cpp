@@ -1,5 +1,27 @@
 #include "option_table.h"
 
+#include "errors.h"
+#include "gpus.h"
+
+static void check_size(const std::string& text, const std::string& where) { parse_size(text, where); }
+
+static void check_offload(const std::string& text, const std::string& where) {
+    if (text == "none") return;
+    for (size_t begin = 0; begin <= text.size();) {
+        const size_t end = std::min(text.find(',', begin), text.size());
+        const std::string what = text.substr(begin, end - begin);
+        if (what != "residual" && what != "state" && what != "master")
+            throw BadInput(where + ": '" + what + "' is not one of residual, state, master; none stands alone");
+        begin = end + 1;
+    }
+}
+
+static std::vector<std::string> gpu_names() {
+    std::vector<std::string> names;
+    for (const Gpu& gpu : kGpus) names.push_back(gpu.name);
+    return names;
+}
+
 // Checkpoint folders name steps with eight digits. With at most 2^36 tokens a step, counts of tokens fit 63 bits.
 constexpr double kMostSteps = 99999999, kMostTokensPerStep = 0x1p36, kMany = 0x1p40;
 
@@ -7,6 +29,7 @@ std::vector<OptionRow> option_table(const Family& family) {
     using O = Options;
     constexpr OptionScope fixed = OptionScope::fixed, free = OptionScope::free, command = OptionScope::command;
     const char *model = "Model", *data = "Data", *run = "Run", *batch = "Batch", *optimizer = "Optimizer",
+               *memory = "Memory; what is left open is chosen to fit, for the shortest step",
                *habits = "Validation, samples and checkpoints", *gpt2 = "GPT-2", *pythia = "Pythia";
     std::vector<OptionRow> rows = {
         {model,
@@ -276,6 +299,90 @@ std::vector<OptionRow> option_table(const Family& family) {
          &O::max_skips,
          free,
          {1, kMany}},
+
+        {memory,
+         "recompute",
+         "WHAT",
+         "none keeps all activations for the backward pass; block keeps the layers' inputs and attention's output and "
+         "makes the rest again; full keeps the inputs alone",
+         &O::recompute,
+         free,
+         {},
+         "chosen",
+         {"none", "block", "full"}},
+        {memory,
+         "chunk",
+         "TOKENS",
+         "that LayerNorm, MLP and projections take at a time",
+         &O::chunk,
+         free,
+         {0, kMostTokensPerStep},
+         "chosen"},
+        {memory,
+         "head-group",
+         "HEADS",
+         "that attention takes at a time; with --recompute block or full",
+         &O::head_group,
+         free,
+         {0, 0x1p20},
+         "chosen"},
+        {memory,
+         "offload",
+         "LIST",
+         "of residual (the layers' inputs and attention's output; with --recompute block or full), state, master: what "
+         "waits in the host's memory, in the cpu build on the disk of --out; or none",
+         &O::offload,
+         free,
+         {},
+         "chosen",
+         {},
+         nullptr,
+         check_offload},
+        {memory,
+         "memory",
+         "SIZE",
+         "that may be used: of the GPU's, in the cpu build of the machine's; such as 16GiB, 512MiB, 16GB or bytes",
+         &O::memory,
+         free,
+         {},
+         "what there is, in the cpu build less a tenth",
+         {},
+         nullptr,
+         check_size},
+        {memory,
+         "host-memory",
+         "SIZE",
+         "that --offload may use",
+         &O::host_memory,
+         free,
+         {},
+         "no limit",
+         {},
+         nullptr,
+         check_size},
+        {memory, "plan", "",
+         "print what memory and time a run with these options takes, and the longest context that fits, and exit; "
+         "needs no GPU, no data and no --out. With --gpu or --memory for a GPU and bf16, else for this build",
+         &O::plan, command},
+        {memory, "plan-json", "", "the same as a JSON object, in bytes and seconds", &O::plan_json, command},
+        {memory,
+         "plan-for",
+         "BUILD",
+         "cpu or cuda: plan for this build",
+         &O::plan_for,
+         command,
+         {},
+         "see --plan",
+         {"cpu", "cuda"}},
+        {memory,
+         "gpu",
+         "NAME",
+         "with --plan: the GPU whose memory and speed to plan with; {gpus}",
+         &O::gpu,
+         command,
+         {},
+         "--memory as given, an A100's speed",
+         gpu_names()},
 
         {habits, "val-every", "STEPS", "0: never", &O::val_every, free, {0, kMany}},
         {habits, "val-tokens", "N", "validation tokens a time; 0: all", &O::val_tokens, free, {0, kMany}},

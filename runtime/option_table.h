@@ -33,6 +33,8 @@ struct OptionRow {
     const char* unset = nullptr; // what the default stands for, where it is not to be taken as a figure
     std::vector<std::string> choices = {};
     const char* only = nullptr; // the family that has it; null: both
+    // Throws BadInput that begins with `where` for a text that the option cannot take; null: it takes any.
+    void (*check)(const std::string& text, const std::string& where) = nullptr;
 };
 
 std::vector<OptionRow> option_table(const Family& family);

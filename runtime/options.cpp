@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <tuple>
 
 #include <CLI/CLI.hpp>
 
@@ -16,6 +17,7 @@
 #include "errors.h"
 #include "files.h"
 #include "option_table.h"
+#include "plan.h"
 #include "toml.h"
 
 namespace {
@@ -73,6 +75,7 @@ void set_value(Options& o, const OptionRow& row, const std::string& text, const 
         if (!row.choices.empty() && std::find(row.choices.begin(), row.choices.end(), text) == row.choices.end() &&
             text != Options().**m)
             throw BadInput(where + ": '" + text + "' is not one of " + join(row.choices, ", "));
+        if (row.check && text != Options().**m) row.check(text, where);
         o.** m = text;
     } else if (auto m = std::get_if<bool Options::*>(&row.member)) {
         if (text != "true" && text != "false") throw BadInput(where + ": '" + text + "' is neither true nor false");
@@ -213,6 +216,17 @@ bool holds_run(const std::string& folder) {
     return false;
 }
 
+void check_plan(const Options& o) {
+    if (!o.plan && !o.plan_json) {
+        if (!o.gpu.empty()) throw BadInput("--gpu " + o.gpu + " is for --plan: a run takes the GPU at hand");
+        if (!o.plan_for.empty()) throw BadInput("--plan-for " + o.plan_for + " is for --plan: a run is of this build");
+        return;
+    }
+    if (!o.eval.empty()) throw BadInput("--plan and --eval exclude each other: leave one out");
+    if (!o.gpu.empty() && o.plan_for == "cpu")
+        throw BadInput("--gpu " + o.gpu + " and --plan-for cpu exclude each other: leave one out");
+}
+
 void check_together(const Options& o, const Family& family) {
     if (!o.model.empty() && !o.init.empty())
         throw BadInput("--model and --init are both given: weights to start from bring their own size, leave one out");
@@ -225,7 +239,12 @@ void check_together(const Options& o, const Family& family) {
                                               : "--state-embeddings int8 is for --state int8 alone");
     if (o.state_floor == "off" && o.optimizer == "lion")
         throw BadInput("--state-floor off: Lion has no second moment to keep from 0");
-    if (o.master == "none" && std::string(kPrecision) == "fp32")
+    if (o.recompute == "none" && (o.head_group || waits_on_host(o, "residual")))
+        throw BadInput(std::string("--recompute none excludes ") +
+                       (o.head_group ? "--head-group" : "--offload residual") +
+                       ": where all activations are kept they stay on the device, all heads together; leave one out");
+    check_plan(o);
+    if (o.master == "none" && plan_target(o).real_bytes == sizeof(float))
         throw BadInput("--master none: in an fp32 build there are no other weights to leave out; make PRECISION=bf16");
     if (!o.eval.empty()) {
         if (o.init.empty()) throw BadInput("--eval " + o.eval + " needs --init PATH: the weights to evaluate");
@@ -235,6 +254,7 @@ void check_together(const Options& o, const Family& family) {
             throw BadInput("--eval logits needs --prompt-tokens LIST: the text to run the model on");
         return;
     }
+    if (o.plan || o.plan_json) return;
     if (o.out.empty()) throw BadInput("--out DIR is needed: the folder that the run writes to");
     if (o.train.empty() && o.steps != 0) throw BadInput("--train GLOB is needed: the token shards to train on");
     std::error_code error;
@@ -251,9 +271,40 @@ std::string model_names(const Family& family) {
     return join(names, ", ");
 }
 
+// A run's options hold what was chosen of its memory's, for its own limit and batch. With another limit, another batch,
+// or another choice of the user's, what the user does not say is open again.
+void reopen_memory(Options& options, const Options& own, const Layer& given) {
+    auto memory = [](const Options& o) {
+        return std::tie(o.batch, o.memory, o.host_memory, o.recompute, o.chunk, o.head_group, o.offload);
+    };
+    if (memory(options) == memory(own)) return;
+    if (!given.count("recompute")) options.recompute.clear();
+    if (!given.count("chunk")) options.chunk = 0;
+    if (!given.count("head-group")) options.head_group = 0;
+    if (!given.count("offload")) options.offload.clear();
+}
+
 std::string shown(const std::string& value) { return value.empty() ? "nothing" : value; }
 
 } // namespace
+
+int64_t parse_size(const std::string& text, const std::string& where) {
+    double number = 0;
+    auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), number, std::chars_format::fixed);
+    const std::string unit(rest, text.data() + text.size());
+    const std::string letters = "KMGT";
+    const size_t power = unit.empty() ? 0 : letters.find(unit[0]) + 1; // 0 for another letter too
+    const std::string ending = unit.empty() ? "" : unit.substr(1);
+    const bool known = unit.empty() || unit == "B" || (power && (ending.empty() || ending == "iB" || ending == "B"));
+    const double bytes = number * std::pow(ending == "B" ? 1000.0 : 1024.0, double(power));
+    if (error != std::errc() || !known || !(bytes >= 1) || bytes > 0x1p60)
+        throw BadInput(where + ": '" + text + "' is not a size such as 16GiB, 512MiB, 16GB or 17179869184");
+    return static_cast<int64_t>(bytes);
+}
+
+bool waits_on_host(const Options& options, const std::string& what) {
+    return ("," + options.offload + ",").find("," + what + ",") != std::string::npos;
+}
 
 Options parse_options(int argc, char** argv, const Family& family) {
     const std::vector<OptionRow> table = option_table(family);
@@ -291,6 +342,7 @@ Options parse_options(int argc, char** argv, const Family& family) {
                                ": leave it out, or start another run with another --out");
             set_value(options, row, now, value.where);
         }
+        reopen_memory(options, own, given);
     }
     check_together(options, family);
     return options;
@@ -348,6 +400,7 @@ std::string options_help(const Family& family) {
             std::string(row.scope == OptionScope::free ? "* " : "  ") + "--" + row.name + " " + row.value;
         std::string help = row.help;
         if (size_t at = help.find("{models}"); at != std::string::npos) help.replace(at, 8, model_names(family));
+        if (size_t at = help.find("{gpus}"); at != std::string::npos) help.replace(at, 6, join(row.choices, ", "));
         std::string otherwise = row.unset ? row.unset : *row.value ? value_text(Options(), row) : "";
         if (!otherwise.empty() && otherwise != "none") help += " [" + otherwise + "]";
         left.resize(std::max(kColumn, left.size() + 1), ' ');
@@ -355,8 +408,8 @@ std::string options_help(const Family& family) {
     }
     const std::string& p = family.program;
     text +=
-        "\nExit codes: 0 done; 1 the run failed; 2 bad options or input; 4 stopped by a signal or --max-hours with a\n"
-        "checkpoint to resume from.\n"
+        "\nExit codes: 0 done; 1 the run failed; 2 bad options or input; 3 more memory than there is; 4 stopped by a\n"
+        "signal or --max-hours with a checkpoint to resume from.\n"
         "\nExamples:\n"
         "  " +
         p +

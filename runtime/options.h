@@ -4,6 +4,15 @@
 #include <string>
 #include <vector>
 
+// What plan_memory() found out for a run.
+struct Planned {
+    int64_t bytes = 0, host_bytes = 0; // of the device's and the host's memory
+    std::string peak_phase;            // that needs most of the device's
+    std::string note;                  // what was chosen and why; empty if nothing that the user does not expect
+
+    bool operator==(const Planned&) const = default;
+};
+
 struct Options {
     // model
     std::string model, init;
@@ -52,6 +61,8 @@ struct Options {
     double max_hours = 0;
     std::string eval; // loss, sample, or empty
 
+    Planned planned; // no option
+
     bool operator==(const Options&) const = default;
 };
 
@@ -75,14 +86,21 @@ struct Family {
 // Parses the command line over --config FILE over, with --resume, OUT/options.toml; checks every value and what they
 // need of each other; throws BadInput, before anything is written. --help prints and exits 0. With --resume, an option
 // given (on the command line or in --config) that differs from the run's own and is not marked free throws BadInput
-// naming the option and both values; one given as its own "choose for me" value keeps the run's. --resume without a run
-// folder starts afresh. Of --model and --init one comes back empty: the one said nearer to the command line holds.
+// naming the option and both values; one given as its own "choose for me" value keeps the run's. A memory option or
+// --batch given as another than the run's opens again what was chosen of the others. --resume without a run folder
+// starts afresh. Of --model and --init one comes back empty: the one said nearer to the command line holds.
 Options parse_options(int argc, char** argv, const Family& family);
 
 // The table as TOML, every option of a run with its value: written to OUT/options.toml once all defaults are resolved.
 // out, resume and eval belong to a command, not to a run, and are left out. parse_options reads every value back as it
 // was, to the last bit.
 std::string options_toml(const Options& options, const Family& family);
+
+// A size such as 16GiB, 16G (the same), 16GB (10^9), 512MiB or plain bytes, in bytes; throws BadInput that begins with
+// `where` for anything else, and for 0.
+int64_t parse_size(const std::string& text, const std::string& where);
+// Whether --offload names `what`.
+bool waits_on_host(const Options& options, const std::string& what);
 
 // What --help prints: the table, then exit codes and examples.
 std::string options_help(const Family& family);

@@ -1,3 +1,235 @@
 #include "plan.h"
 
-bool plan_memory(Options&, const MakeModel&) { return false; }
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "errors.h"
+#include "gpus.h"
+
+// Beside the arena a GPU holds the CUDA context with its kernels, the step's graph and what the driver keeps; and the
+// work space that cuBLASLt is given at opening. Uploads go through pinned memory (device_cuda.cpp).
+constexpr int64_t kContextBytes = int64_t(1) << 30, kMatmulWorkspace = int64_t(64) << 20, kStagingBytes = 2 << 20;
+
+// Beside the arena the cpu build has resident: the program and its libraries, oneDNN's kernels, which it makes for each
+// shape of a product, threads' stacks, and the arrays that checkpoints and weights are staged in.
+constexpr int64_t kProgramBytes = int64_t(64) << 20, kThreadBytes = 2 << 20;
+
+// A chunk smaller than this leaves no matmul its rate, and what it would save is small beside the residual stream.
+constexpr int64_t kSmallestChunk = 1024;
+// Estimates are not better than this: within it the simpler choice wins.
+constexpr double kSameTime = 1.01;
+
+Target plan_target(const Options& options) {
+    Target target = this_target();
+    if (options.threads > 0) target.threads = options.threads;
+    if (!options.plan && !options.plan_json) return target;
+    const bool wants_gpu = !options.gpu.empty() || !options.memory.empty();
+    const bool cuda = options.plan_for.empty() ? wants_gpu || target.cuda : options.plan_for == "cuda";
+    if (cuda && !target.cuda) target.real_bytes = 2;
+    if (!cuda && target.cuda) target.real_bytes = sizeof(real);
+    target.cuda = cuda;
+    return target;
+}
+
+static Machine plan_machine(const Options& options, const Target& target) {
+    if (target.cuda) {
+        const Gpu* gpu = find_gpu(options.gpu.empty() ? "a100-40" : options.gpu.c_str());
+        return {gpu->title, gpu->flops, gpu->bandwidth, gpu->copies, gpu->matmul, gpu->attention, 0.85};
+    }
+    // Of a thread: oneDNN on AVX-512, twice that with bf16 products; attention at half of the matmul rate
+    // (TARGETS of this machine class). A disk that writes back behind the page cache.
+    const double rate = 150e9 * (target.real_bytes == 2 ? 2 : 1);
+    return {"CPU", rate * double(target.threads), 20e9, 0.5e9, 0.80, 0.45, 0.60};
+}
+
+static Limits plan_limits(const Options& options, const Target& target) {
+    Limits limits{};
+    limits.device_outside =
+        target.cuda ? kContextBytes + kMatmulWorkspace : kProgramBytes + target.threads * kThreadBytes;
+    limits.host_outside = target.cuda ? kStagingBytes : 0;
+    if (!options.host_memory.empty()) limits.host = parse_size(options.host_memory, "--host-memory");
+    if (!options.memory.empty())
+        limits.device = parse_size(options.memory, "--memory");
+    else if (!options.gpu.empty())
+        limits.device = static_cast<int64_t>(find_gpu(options.gpu.c_str())->memory);
+    else if (target.cuda == this_target().cuda)
+        limits.device = static_cast<int64_t>(available_bytes());
+    return limits;
+}
+
+Planner::Planner(const Options& options, const MakeModel& make)
+    : options_(options), make_(make), device_(plan_target(options)), limits_(plan_limits(options, device_.target)),
+      machine_(plan_machine(options, device_.target)) {
+    const std::unique_ptr<Transformer> model = make_(device_, options_);
+    heads_ = model->heads();
+    options_.context = model->context();
+    if (!options_.model.empty()) options_.vocab = model->vocab(); // else each model would read the tokenizer again
+}
+
+// All ways that the user leaves open, the simplest first; with `extremes` those alone that take least memory, one for
+// each way to recompute and to offload.
+std::vector<Options> Planner::candidates(int64_t T, bool extremes) const {
+    const int64_t N = options_.batch * T;
+    std::vector<int64_t> chunks = {N}, groups = {heads_};
+    int64_t power = kSmallestChunk;
+    while (2 * power < N) power *= 2;
+    for (; power >= kSmallestChunk && power < N; power /= 2) chunks.push_back(power);
+    while (groups.back() > 1) groups.push_back(groups.back() / 2);
+    if (extremes) chunks = {chunks.back()}, groups = {groups.back()};
+    if (options_.chunk) chunks = {std::min(options_.chunk, N)};
+    if (options_.head_group) groups = {std::min(options_.head_group, heads_)};
+    std::vector<std::string> ways = {"none", "block", "full"}, offloads = {"none", "residual", "state"};
+    if (options_.master == "fp32" && target().real_bytes < int64_t(sizeof(float)))
+        for (const char* more :
+             {"master", "residual,state", "residual,master", "state,master", "residual,state,master"})
+            offloads.push_back(more);
+    else
+        offloads.push_back("residual,state");
+    if (!options_.recompute.empty()) ways = {options_.recompute};
+    if (!options_.offload.empty()) offloads = {options_.offload};
+
+    std::vector<Options> all;
+    Options o = options_;
+    o.context = T;
+    for (const std::string& offload : offloads)
+        for (const std::string& recompute : ways)
+            for (int64_t group : groups)
+                for (int64_t chunk : chunks) {
+                    o.offload = offload, o.recompute = recompute, o.chunk = chunk;
+                    o.head_group = recompute == "none" ? 0 : group;
+                    if (recompute == "none" && (waits_on_host(o, "residual") || options_.head_group)) continue;
+                    if (recompute == "none" && group != groups[0]) continue;
+                    all.push_back(o);
+                }
+    return all;
+}
+
+Choice Planner::weigh(const Options& chosen) const {
+    const std::unique_ptr<Transformer> model = this->model(chosen);
+    Choice choice{};
+    choice.options = chosen;
+    choice.arena = static_cast<int64_t>(model->arena().bytes());
+    choice.host = static_cast<int64_t>(model->host_bytes());
+    auto over = [](int64_t bytes, int64_t limit) { return limit ? std::max<int64_t>(bytes - limit, 0) : 0; };
+    choice.lacking = over(choice.arena + limits_.device_outside, limits_.device) +
+                     over(choice.host + limits_.host_outside, limits_.host);
+
+    const Machine& m = machine_;
+    // The layers' costs are of this build's type. Statistics, losses and weight gradients, which are float in all
+    // builds, are scaled with the activations here, some percent of the bytes of a layer.
+    const double scale = double(target().real_bytes) / sizeof(real), bandwidth = m.bandwidth * m.other;
+    const Work work = model->work(chosen.batch), update = model->update_work();
+    auto limited = [&](const Cost& cost, double part) {
+        return std::max(cost.flops / (m.flops * part), cost.bytes() * scale / bandwidth);
+    };
+    const double N = double(chosen.batch) * double(model->context());
+    const double micro_batches = chosen.tokens_per_step ? double(chosen.tokens_per_step) / N : 1;
+    choice.compute = micro_batches * (limited(work.matmul, m.matmul) + limited(work.attention, m.attention) +
+                                      work.other.bytes() * scale / bandwidth);
+    choice.transfer = micro_batches * work.copied / m.copies;
+    choice.update = std::max(update.other.bytes() / bandwidth, update.copied / m.copies);
+    choice.seconds = std::max(choice.compute, choice.transfer) + choice.update;
+    choice.useful = micro_batches * model->step_cost(chosen.batch).flops;
+    return choice;
+}
+
+Choice Planner::choose() const {
+    std::vector<Choice> fitting;
+    Choice nearest{};
+    nearest.lacking = -1;
+    for (const Options& candidate : candidates(options_.context, false)) {
+        const Choice choice = weigh(candidate);
+        if (!choice.lacking)
+            fitting.push_back(choice);
+        else if (nearest.lacking < 0 || choice.lacking < nearest.lacking)
+            nearest = choice;
+    }
+    if (fitting.empty()) return nearest;
+    double least = INFINITY;
+    for (const Choice& choice : fitting) least = std::min(least, choice.seconds);
+    return *std::find_if(fitting.begin(), fitting.end(),
+                         [&](const Choice& choice) { return choice.seconds <= kSameTime * least; });
+}
+
+bool Planner::fits(int64_t T) const {
+    try {
+        for (const Options& candidate : candidates(T, true))
+            if (!weigh(candidate).lacking) return true;
+    } catch (const BadInput&) { // the model itself cannot be so long
+    }
+    return false;
+}
+
+// To within half a percent.
+int64_t Planner::largest_context() const {
+    constexpr int64_t kLongest = 0x7fffffff;
+    int64_t low = 0, high = std::max<int64_t>(options_.context, 1);
+    while (high <= kLongest && fits(high)) low = high, high *= 2;
+    if (!low)
+        while (high > 1 && !low) {
+            high /= 2;
+            if (fits(high)) low = high, high *= 2;
+        }
+    if (!low) return 0;
+    int64_t unit = 1;
+    while (512 * unit < high) unit *= 2;
+    low = low / unit * unit, high = high / unit * unit;
+    while (high - low > unit) {
+        const int64_t middle = (low + high) / 2 / unit * unit;
+        (fits(middle) ? low : high) = middle;
+    }
+    return low;
+}
+
+// What a user reads when it does not fit, in one line.
+static std::string refusal(const Planner& planner, const Choice& best, int64_t largest) {
+    const Limits& limits = planner.limits();
+    const std::unique_ptr<Transformer> model = planner.model(best.options);
+    const int64_t device = best.arena + limits.device_outside, host = best.host + limits.host_outside;
+    const bool device_lacks = limits.device && device > limits.device;
+    std::string line = "context " + std::to_string(planner.options().context) + " does not fit: ";
+    if (device_lacks)
+        line += std::string("the ") + peak_phase(model->arena()) + " phase needs " + gib(double(device)) + ", " +
+                gib(double(device - limits.device)) + " more than the " + gib(double(limits.device)) + " there are";
+    else
+        line += "what waits on the host takes " + gib(double(host)) + ", " + gib(double(host - limits.host)) +
+                " more than --host-memory";
+    return line + "; " +
+           (largest ? "the largest context that fits is " + std::to_string(largest)
+                    : std::string("no context fits, the weights and their optimizer alone are too large"));
+}
+
+// For a run that is not as plain as it could be.
+static std::string note(const Planner& planner, const Choice& chosen) {
+    const Options &asked = planner.options(), &o = chosen.options;
+    Options plain = asked;
+    if (asked.recompute.empty() && !asked.head_group && !waits_on_host(asked, "residual")) plain.recompute = "none";
+    if (!asked.chunk) plain.chunk = o.batch * o.context;
+    if (asked.offload.empty()) plain.offload = "none";
+    if (plain.recompute == o.recompute && plain.chunk == o.chunk && plain.offload == o.offload) return "";
+    const Choice other = planner.weigh(plain);
+    std::string line = "memory: chosen are --recompute " + o.recompute + " --chunk " + std::to_string(o.chunk);
+    if (o.head_group) line += " --head-group " + std::to_string(o.head_group);
+    line += " --offload " + o.offload + ", " + gib(double(chosen.arena + planner.limits().device_outside));
+    if (other.lacking)
+        line += "; with everything kept it would be " + gib(double(other.arena + planner.limits().device_outside)) +
+                " of the " + gib(double(planner.limits().device)) + " there are";
+    return line;
+}
+
+bool plan_memory(Options& options, const MakeModel& make) {
+    if (!options.eval.empty()) return false;
+    Planner planner(options, make);
+    const Choice best = planner.choose();
+    const bool report = options.plan || options.plan_json;
+    const int64_t largest = report || best.lacking ? planner.largest_context() : 0;
+    if (report) print_plan(planner, best, largest);
+    if (best.lacking) throw Failure(kPlanDoesNotFit, refusal(planner, best, largest));
+    if (report) return true;
+    options.recompute = best.options.recompute, options.offload = best.options.offload;
+    options.chunk = best.options.chunk, options.head_group = best.options.head_group;
+    options.planned = {best.arena + planner.limits().device_outside, best.host + planner.limits().host_outside,
+                       peak_phase(planner.model(best.options)->arena()), note(planner, best)};
+    return false;
+}

@@ -81,6 +81,7 @@ public:
     Arena& arena() { return arena_; }
     size_t host_bytes() const { return residuals_.host_bytes() + params_.host_bytes(); }
     const Setup& setup() const { return setup_; }
+    int64_t heads() const { return H_; }
     // Of a micro-batch of B sequences; of the update.
     virtual Work work(int64_t B) const = 0;
     Work update_work() const;

@@ -24,9 +24,9 @@ WARMUP=${WARMUP:-50}
 VAL_TOKENS=${VAL_TOKENS:-524288}
 SHORT=${SHORT:-1024}
 
+begin openai-community/gpt2 train_gpt2
 prepare_model openai-community/gpt2
-TRAINER=${TRAINER:-./train_gpt2}
-prepare_tokens
+prepare_tokens --tokenizer "$TOKENIZER"
 
 title "before: the trained window, and the repeated one on the same tokens"
 evaluate "$WEIGHTS" "$SHORT"
@@ -39,4 +39,4 @@ title "after: the long window, and the trained one on the same tokens"
 evaluate "$RUN" "$CONTEXT"
 evaluate "$RUN" "$SHORT"
 
-export_run
+export_run "$RUN"

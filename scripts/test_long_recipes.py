@@ -3,76 +3,10 @@ the trained window -> checkpoint -> HuggingFace directory), and what they do wit
 programs that they call."""
 
 import json
-import os
-import random
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from recipe_testing import FAMILIES, LONG, PYTHON, SHORT, StandIns, called, losses, run, start, table_of  # noqa: F401
 from safetensors import safe_open
-
-ROOT = Path(__file__).resolve().parent.parent
-PYTHON = ROOT / ".venv/bin/python"
-FAMILIES = ["gpt2", "pythia"]
-SHORT, LONG = 64, 256
-LETTERS = "abcdefgh"
-SETTINGS = {"RUN", "MODEL", "NAME", "TEXT", "TOKENS", "TRAINER", "OPTIONS", "DEPS", "SETUP", "DRY", "ROPE"}
-# A thread more only gets into the way of models as small as these.
-BARE = {key: value for key, value in os.environ.items() if key not in SETTINGS} | {"OMP_NUM_THREADS": "1"}
-
-
-def call(*command, cwd=ROOT, **environment):
-    return subprocess.run([str(word) for word in command], cwd=cwd, env=BARE | environment, text=True,
-                          capture_output=True, timeout=600)
-
-
-def run(*command, **options):
-    done = call(*command, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def losses(said):
-    return [float(line.split()[1]) for line in said.splitlines() if line.startswith("val_loss ")]
-
-
-# Texts that only the right positions can tell. A token is a byte, and a document with its end is a whole number of
-# windows. Every tenth letter is any letter.
-
-
-def by_place(draw, bytes_):
-    """The place in the window decides the letter: what a table of positions learns first."""
-    line = random.Random("the same in all texts").choices(LETTERS, k=SHORT)
-    return "".join(line[i % SHORT] if draw.random() < 0.9 else draw.choice(LETTERS) for i in range(bytes_))
-
-
-def by_distance(draw, bytes_):
-    """The letter but one before decides: rotary positions find it by its distance."""
-    text = draw.choices(LETTERS, k=2)
-    following = dict(zip(LETTERS, "cehagbdf"))
-    while len(text) < bytes_:
-        text.append(following[text[-2]] if draw.random() < 0.9 else draw.choice(LETTERS))
-    return "".join(text)
-
-
-@pytest.fixture(scope="session", params=FAMILIES)
-def start(request, tmp_path_factory):
-    """(family, trainer, HuggingFace directory of a model trained at SHORT tokens, its text)."""
-    family, folder = request.param, tmp_path_factory.mktemp(request.param)
-    trainer, text = ROOT / f"build/cpu/train_{family}", folder / "text"
-    text.mkdir()
-    for i in range(200):
-        make = by_place if family == "gpt2" else by_distance
-        (text / f"{i}.txt").write_text(make(random.Random(i), 8 * SHORT - 1))
-    run(PYTHON, "data/prepare.py", text, "--out", folder / "tokens", "--raw-bytes")
-    run(trainer, "--model", "2,64,2", "--vocab", 257, "--context", SHORT, "--batch", 8, "--train",
-        folder / "tokens/train_*.bin", "--steps", 50, "--lr", 1e-2, "--warmup", 5, "--val-every", 0, "--sample-every",
-        0, "--threads", 1, "--out", folder / "made")
-    run(PYTHON, "scripts/convert_hf.py", folder / "made", "--back", folder / "hf", "--dtype", "fp16", "--tokenizer",
-        folder / "tokens/tokenizer.json")
-    return family, trainer, folder / "hf", text
 
 
 def test_a_small_model_goes_all_the_way(start, tmp_path):
@@ -83,7 +17,7 @@ def test_a_small_model_goes_all_the_way(start, tmp_path):
         ROPE="yarn", OPTIONS="--sample-tokens 4 --threads 1", SETUP="0",
     )
     said = run(f"scripts/long_{family}.sh", **settings)
-    short_before, long_before, long_after, short_after = losses(said)
+    (short_before, long_before), (long_after, short_after) = losses(said)[:2], losses(said)[-2:]
 
     def evaluate(*options):
         return losses(run(trainer, "--eval", "loss", "--val", tmp_path / "run_tokens/val_*.bin", "--val-tokens", 2048,
@@ -102,6 +36,13 @@ def test_a_small_model_goes_all_the_way(start, tmp_path):
     else:
         assert evaluate(*begin, "--rope", "linear") > long_before + 0.8
         assert evaluate(*begin, "--rope", "none") < long_before - 0.05  # a recipe that drops ROPE would show it
+        # Beside it the same training at the trained window: both losses on the same text.
+        rows = table_of(said)
+        assert list(rows.values()) == losses(said)
+        compared = ["--init", tmp_path / f"run_{SHORT}", "--context"]
+        assert rows[f"trained at {SHORT}, at {SHORT}"] == evaluate(*compared, SHORT) < short_before
+        assert rows[f"trained at {SHORT}, at {LONG}"] == evaluate(*compared, LONG, "--rope", "yarn")
+        assert rows[f"trained at {LONG}, at {LONG}"] == long_after
     assert long_after < long_before - 0.02 and short_after < short_before + 0.05
 
     # A HuggingFace directory for the long context, whose weights are the run's, to the bit.
@@ -127,56 +68,19 @@ def test_a_small_model_goes_all_the_way(start, tmp_path):
     assert (tmp_path / "run/step_00000009").is_dir()
 
 
-# Programs that write down how they were called and make an empty file of what they would.
-STAND_IN = r"""#!/usr/bin/env bash
-echo "$@" >>calls
-while (($# > 1)); do
-    case $1 in
-    --to) : >"$2" ;;
-    --out) mkdir -p "$2" && : >"$2/dataset.json" ;;
-    --back) mkdir -p "$2" ;;
-    */convert_hf.py) [[ -e $2 ]] || { echo "convert_hf.py: error: $2: no such folder" >&2 && exit 2; } ;;
-    */download_hf.py) mkdir -p "$3" && : >"$3/tokenizer.json" ;;
-    esac
-    shift
-done
-"""
-
-
 @pytest.fixture(params=FAMILIES)
 def recipe(request, tmp_path):
-    """A recipe in a checkout of stand-ins: recipe(SETTING=...) gives the commands that it ran, or with DRY=1 would
-    have, or with `fails`, the exit code, what it said on stderr."""
-    checkout = tmp_path / "checkout"
-    (checkout / "scripts").mkdir(parents=True)
-    for name in ("recipe.sh", "long_gpt2.sh", "long_pythia.sh"):
-        shutil.copy(ROOT / "scripts" / name, checkout / "scripts")
-    for name in (".venv/bin/python", "dev/setup.sh", "trainer"):
-        path = checkout / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(STAND_IN)
-        path.chmod(0o755)
+    """A recipe in a checkout of stand-ins, see StandIns.start."""
+    stand_ins = StandIns(tmp_path)
 
-    def start(fails=0, cwd=checkout, **settings):
-        settings = {"TRAINER": str(checkout / "trainer")} | settings
-        (checkout / "calls").write_text("")
-        done = call(checkout / f"scripts/long_{request.param}.sh", cwd=cwd,
-                    **{key: str(value) for key, value in settings.items() if value is not None})
-        assert done.returncode == fails, done.stdout + done.stderr
-        if fails:
-            assert done.stderr.count("\n") == 1
-            return done.stderr
-        if settings.get("DRY"):
-            assert not (checkout / "calls").read_text()
-            return [shlex.split(line)[1:] for line in done.stdout.splitlines() if line.startswith("+ ")]
-        return [line.split() for line in (checkout / "calls").read_text().splitlines()]
+    def start(fails=0, **settings):
+        said = stand_ins.start(f"long_{request.param}.sh", fails, **settings)
+        assert not fails or said.count("\n") == 1
+        assert not settings.get("DRY") or not stand_ins.calls()
+        return said
 
-    start.family, start.checkout = request.param, checkout
+    start.family, start.checkout = request.param, stand_ins.root
     return start
-
-
-def called(commands, part):
-    return [command for command in commands if any(part in word for word in command)]
 
 
 def test_a_dry_run_says_everything_and_does_nothing(recipe):
@@ -190,8 +94,18 @@ def test_a_dry_run_says_everything_and_does_nothing(recipe):
 
 def test_options_go_to_training_alone(recipe):
     commands = recipe(DRY="1", OPTIONS="--seed 5")
-    assert len(called(commands, "--eval")) == 4
-    assert called(commands, "--seed") == called(commands, "--resume") and len(called(commands, "--seed")) == 1
+    trainings = 2 if recipe.family == "pythia" else 1
+    assert len(called(commands, "--eval")) == 2 + 2 * trainings
+    assert called(commands, "--seed") == called(commands, "--resume") and len(called(commands, "--seed")) == trainings
+
+
+def test_pythia_is_compared_with_its_own_window(tmp_path):
+    stand_ins = StandIns(tmp_path)
+    short, long = called(stand_ins.start("long_pythia.sh", DRY="1", ROPE="yarn"), "--resume")
+    differ = [(a, b) for a, b in zip(short, long) if a != b]
+    assert differ[:2] == [("2048", "8192"), ("runs/long_pythia_2048", "runs/long_pythia")]
+    assert "--rope" not in short and "--rope" in long
+    assert len(called(stand_ins.start("long_pythia.sh", DRY="1", COMPARE="0"), "--resume")) == 1
 
 
 def test_started_again_it_needs_no_network(recipe):
@@ -199,7 +113,7 @@ def test_started_again_it_needs_no_network(recipe):
     assert called(first, "download_hf.py") and called(first, "pyarrow") and called(first, "--recipe")
     again = recipe()
     assert not called(again, "download_hf.py") and not called(again, "pip") and not called(again, "--recipe")
-    assert len(called(again, "--resume")) == 1
+    assert len(called(again, "--resume")) == len(called(first, "--resume"))
     # What is missing is fetched, and nothing else.
     next(recipe.checkout.glob("models/*/*/tokenizer.json")).unlink()
     third = recipe()
@@ -244,7 +158,7 @@ def test_paths_are_those_of_the_caller(recipe, tmp_path):
     assert there <= words, there - words
     assert not any(word.startswith(tuple(given.values())) for word in words)
     # Defaults are the checkout's, and a name without a slash that is no file may be on the PATH.
-    training = called(recipe(cwd=caller, DRY="1", TRAINER="some_trainer"), "--resume")[0]
+    training = called(recipe(cwd=caller, DRY="1", TRAINER="some_trainer"), "--resume")[-1]
     assert training[0] == "some_trainer" and f"runs/long_{recipe.family}" in training
     recipe(cwd=caller, MODEL="../hf", RUN="out/run", fails=2)
     (tmp_path / "hf").mkdir()
