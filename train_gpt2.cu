@@ -114,24 +114,6 @@ FileType read_config(const MappedFile& file, Gpt2Config& config) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations
-
-// A block's own, beside what it hands on (runtime/activations.h). Without recomputation each layer keeps them for its
-// backward pass; else they are made again there, a chunk of tokens and a group of heads at a time.
-struct Activations {
-    int32_t* positions;            // (N) rows of wpe, where positions are tied
-    Rows<real> qkv;                // 3·G·D of all tokens
-    Rows<real> x1, ln2, fch, gelu; // C, C, 4C, 4C; fch in training only
-    Rows<real> branch;             // C, what a branch adds to the residual
-    Statistics mean2, rstd2;
-};
-
-struct ActivationGradients {
-    real *atty, *qkv;    // (N,C), (N,3·G·D)
-    Rows<real> ln2, fch; // C, 4C
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 class Gpt2 : public Transformer {
 public:
@@ -148,8 +130,7 @@ public:
 
 private:
     Gpt2Config c_;
-    Activations a_{};
-    ActivationGradients d_{};
+    int32_t* positions_ = nullptr; // (N) rows of wpe, where positions are tied
 
     EmbeddingShape embedding_shape(int64_t B, int64_t start, int64_t T) const;
     void forward(int64_t B, int64_t start, int64_t T, Pass pass) override;
@@ -165,25 +146,9 @@ private:
 };
 
 Gpt2::Gpt2(const Device& device, const Gpt2Config& config, const Setup& setup)
-    : Transformer(device, config, gpt2_tensors(config), {wte, ln1w, lnfw}, setup), c_(config) {
-    const int64_t C = C_, qkv_width = 3 * G_ * c_.D();
-    const Phases mlp = kForward | kMlpBackward, attention = kForward | kAttentionBackward;
+    : Transformer(device, config, gpt2_tensors(config), {wte, ln1w, lnfw, false}, setup), c_(config) {
     arena_.section("work space");
-    arena_.place(a_.positions, c_.tied ? N_ : 0, "positions");
-    place_kept(a_.qkv, qkv_width, "qkv", attention, true);
-    place_kept(a_.x1, C, "residual after attention", mlp);
-    place_kept(a_.ln2, C, "ln2", mlp);
-    if (training_) place_kept(a_.fch, 4 * C, "fc before GELU", mlp);
-    place_kept(a_.gelu, 4 * C, "fc after GELU", mlp);
-    for (Statistics* stats : {&a_.mean2, &a_.rstd2}) place_kept(*stats, 1, "LayerNorm statistics", mlp);
-    place_work(a_.branch, C, "branch", mlp);
-    if (!training_) return;
-    arena_.section("work space", kBackward);
-    arena_.place_reals(d_.atty, N_ * C, "gradient of attention");
-    arena_.section("work space", kAttentionBackward);
-    arena_.place_reals(d_.qkv, N_ * qkv_width, "gradient of qkv");
-    place_work(d_.ln2, C, "gradient of ln2", kMlpBackward);
-    place_work(d_.fch, 4 * C, "gradient of fc", kMlpBackward);
+    arena_.place(positions_, c_.tied ? N_ : 0, "positions");
 }
 
 void Gpt2::allocate() {
@@ -191,7 +156,7 @@ void Gpt2::allocate() {
     if (!c_.tied) return;
     std::vector<int32_t> positions(N_);
     for (int64_t n = 0; n < N_; n++) positions[n] = int32_t(n % T_ % c_.maxT);
-    upload(device_, a_.positions, positions.data(), N_ * sizeof(int32_t));
+    upload(device_, positions_, positions.data(), N_ * sizeof(int32_t));
 }
 
 // GPT-2's: normal(0.02); the two projections into the residual stream scaled down by sqrt(2L); biases 0, LayerNorm 1.
@@ -258,7 +223,7 @@ std::string Gpt2::describe() const {
 EmbeddingShape Gpt2::embedding_shape(int64_t B, int64_t start, int64_t T) const {
     EmbeddingShape shape{B, T, c_.C};
     shape.position0 = start;
-    if (c_.tied) shape.positions = a_.positions + start;
+    if (c_.tied) shape.positions = positions_ + start;
     return shape;
 }
 
@@ -284,7 +249,7 @@ void Gpt2::backward(int64_t B) {
         attention_gradients(l, B);
         leave_backward(l);
     }
-    embedding_backward(device_.stream, dw(wte), dw(wpe), dx_, tokens_, scratch_, embedding_shape(B, 0, T_));
+    embedding_backward(device_.stream, dw(wte), dw(wpe), d_.x, tokens_, scratch_, embedding_shape(B, 0, T_));
 }
 
 // Queries (part 0), keys or values of G heads: rows of q, k and v side by side where they are all heads, as GPT-2's
@@ -349,12 +314,12 @@ void Gpt2::mlp(int64_t l, int64_t N) {
     made_ln1(l + 1);
 }
 
-// From the gradient of x(l+1), in dx_, to that of O, and dx_ on to the residual before the MLP.
+// From the gradient of x(l+1), in d_.x, to that of O, and d_.x on to the residual before the MLP.
 void Gpt2::mlp_backward(int64_t l, int64_t N) {
     Matmul* mm = device_.matmul;
     for_chunks(N, [&](int64_t n, int64_t K) {
         if (!keeps_all_) mlp_hidden(l, n, K);
-        real *dx = dx_ + n * C_, *dfch = d_.fch.at(0, n), *dln2 = d_.ln2.at(0, n);
+        real *dx = d_.x + n * C_, *dfch = d_.fch.at(0, n), *dln2 = d_.ln2.at(0, n);
         matmul_backward_weight(mm, dw(fcprojw, l), dw(fcprojb, l), dx, a_.gelu.at(l, n), K, 4 * C_, C_);
         matmul_backward_input(mm, dfch, dx, w(fcprojw, l), a_.fch.at(l, n), K, 4 * C_, C_, Gelu::tanh);
         matmul_backward_weight(mm, dw(fcw, l), dw(fcb, l), dfch, a_.ln2.at(l, n), K, C_, 4 * C_);
@@ -380,7 +345,7 @@ void Gpt2::attention_gradients(int64_t l, int64_t B) {
                            attention_backward_scratch_, attention_shape(B, 0, T_, G));
         for_chunks(N, [&](int64_t n, int64_t K) {
             const real* input = ln1(l, n, K);
-            real* dinput = dln1_ + n * C_;
+            real* dinput = d_.ln1 + n * C_;
             if (G == H_) {
                 const real* dout = d_.qkv + n * 3 * C_;
                 matmul_backward_weight(mm, dw(qkvw, l), dw(qkvb, l), dout, input, K, C_, 3 * C_);
@@ -415,7 +380,7 @@ Cost Gpt2::step_cost(int64_t B) const {
 
 Work Gpt2::work(int64_t B) const {
     EmbeddingShape embedding = embedding_shape(B, 0, T_);
-    Work work = blocks_work(B, false, {}, {});
+    Work work = blocks_work(B, {}, {});
     work.other = work.other + embedding_forward_cost(embedding, true);
     if (training_) work.other = work.other + embedding_backward_cost(embedding, true);
     return work;
@@ -425,19 +390,13 @@ Work Gpt2::work(int64_t B) const {
 
 void run_gpt2(int argc, char** argv) {
     Options options = parse_options(argc, argv, kGpt2Family);
-    Start start = find_start(options);
-    Gpt2Config from; // the weights file's
-    std::optional<MappedFile> file;
-    FileType type = FileType::fp32;
-    if (!start.weights.empty()) {
-        type = read_config(file.emplace(start.weights), from);
-        check_vocab(options, from.V, start.weights);
-    }
+    Origin<Gpt2Config> origin(options);
     auto make = [&](const Device& device, const Options& o) {
+        const Gpt2Config& from = origin.config;
         int64_t T = o.context;
-        Gpt2Config config = start.weights.empty()
+        Gpt2Config config = origin.from_scratch()
                                 ? config_from_options(o)
-                                : stretch(from, o, T ? T : std::max(from.maxT, from.tied), start.weights);
+                                : stretch(from, o, T ? T : std::max(from.maxT, from.tied), origin.start.weights);
         if (!T) T = std::max(config.maxT, config.tied);
         return std::make_unique<Gpt2>(device, config, make_setup(o, T));
     };
@@ -445,12 +404,12 @@ void run_gpt2(int argc, char** argv) {
     Device device(options.threads);
     std::unique_ptr<Gpt2> model = make(device, options);
     model->allocate();
-    if (file)
-        model->read_file(*file, type, from, options);
-    else
+    if (origin.from_scratch())
         model->init_weights(options.seed);
-    file.reset();
-    run(options, device, *model, start);
+    else
+        model->read_file(*origin.file, origin.type, origin.config, options);
+    origin.file.reset();
+    run(options, device, *model, origin.start);
 }
 
 int main(int argc, char** argv) {

@@ -182,23 +182,6 @@ FileType read_config(const MappedFile& file, PythiaConfig& c) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations
-
-// A block's own, beside what it hands on (runtime/activations.h). Without recomputation each layer keeps them for its
-// backward pass; else they are made again there, a chunk of tokens and a group of heads at a time.
-struct Activations {
-    Rows<real> qkv;                // (G,3,D) of all tokens, with bias and rotated
-    Rows<real> x1, ln2, fch, gelu; // C where not parallel, C, 4C, 4C; fch in training only
-    Rows<real> branch;             // C, what the branches add to the residual
-    Statistics mean2, rstd2;
-};
-
-struct ActivationGradients {
-    real *atty, *qkv;    // (N,C), (N,G,3,D)
-    Rows<real> ln2, fch; // C, 4C
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 class Pythia : public Transformer {
 public:
@@ -215,8 +198,6 @@ private:
     PythiaConfig c_;
     Rotary rotary_;
     float score_scale_; // what q·k is multiplied with
-    Activations a_{};
-    ActivationGradients d_{};
 
     RotaryShape rotary_shape(int64_t B, int64_t start, int64_t T, int64_t H) const;
     void forward(int64_t B, int64_t start, int64_t T, Pass pass) override;
@@ -232,26 +213,9 @@ private:
 };
 
 Pythia::Pythia(const Device& device, const PythiaConfig& config, const Setup& setup)
-    : Transformer(device, config, pythia_tensors(config), {embedout, ln1w, lnfw}, setup), c_(config),
+    : Transformer(device, config, pythia_tensors(config), {embedout, ln1w, lnfw, config.parallel}, setup), c_(config),
       rotary_(make_rotary(config.rope, setup.T)),
-      score_scale_(float(rope_score_factor(config.rope) / std::sqrt(double(config.D())))) {
-    const int64_t C = C_, qkv_width = 3 * G_ * c_.D();
-    const Phases mlp = kForward | kMlpBackward, attention = kForward | kAttentionBackward;
-    place_kept(a_.qkv, qkv_width, "qkv", attention, true);
-    if (!c_.parallel) place_kept(a_.x1, C, "residual after attention", mlp);
-    place_kept(a_.ln2, C, "ln2", mlp);
-    if (training_) place_kept(a_.fch, 4 * C, "fc before GELU", mlp);
-    place_kept(a_.gelu, 4 * C, "fc after GELU", mlp);
-    for (Statistics* stats : {&a_.mean2, &a_.rstd2}) place_kept(*stats, 1, "LayerNorm statistics", mlp);
-    place_work(a_.branch, C, "branches", mlp);
-    if (!training_) return;
-    arena_.section("work space", kBackward);
-    arena_.place_reals(d_.atty, N_ * C, "gradient of attention");
-    arena_.section("work space", kAttentionBackward);
-    arena_.place_reals(d_.qkv, N_ * qkv_width, "gradient of qkv");
-    place_work(d_.ln2, C, "gradient of ln2", kMlpBackward);
-    place_work(d_.fch, 4 * C, "gradient of fc", kMlpBackward);
-}
+      score_scale_(float(rope_score_factor(config.rope) / std::sqrt(double(config.D())))) {}
 
 // Pythia's, up to 2.8b: normal(sqrt(2/5C)), the two projections into the residual stream normal(2/(L·sqrt C)), the
 // "small init" of Nguyen & Salazar (2019) and Wang's of GPT-NeoX. 6.9b and 12b name none and got the framework's:
@@ -323,7 +287,7 @@ void Pythia::backward(int64_t B) {
         attention_gradients(l, B);
         leave_backward(l);
     }
-    embedding_backward(device_.stream, dw(embedin), nullptr, dx_, tokens_, scratch_, {B, T_, C_});
+    embedding_backward(device_.stream, dw(embedin), nullptr, d_.x, tokens_, scratch_, {B, T_, C_});
 }
 
 // qkv := queries, keys and values of the shape's heads, from head h on. They get their bias and are rotated where the
@@ -397,14 +361,14 @@ void Pythia::mlp(int64_t l, int64_t N) {
     made_ln1(l + 1);
 }
 
-// From the gradient of x(l+1), in dx_, to that of O, and through the MLP into dx_. With the parallel residual dx_ is
+// From the gradient of x(l+1), in d_.x, to that of O, and through the MLP into d_.x. With the parallel residual d_.x is
 // the gradient of both branches' outputs until both have been gone through.
 void Pythia::mlp_backward(int64_t l, int64_t N) {
     Matmul* mm = device_.matmul;
     for_chunks(N, [&](int64_t n, int64_t K) {
         const real* input = c_.parallel ? x(l) + n * C_ : a_.x1.at(l, n);
         if (!keeps_all_) mlp_hidden(l, n, K);
-        real *dx = dx_ + n * C_, *dfch = d_.fch.at(0, n), *dln2 = d_.ln2.at(0, n);
+        real *dx = d_.x + n * C_, *dfch = d_.fch.at(0, n), *dln2 = d_.ln2.at(0, n);
         matmul_backward_weight(mm, dw(fcprojw, l), dw(fcprojb, l), dx, a_.gelu.at(l, n), K, 4 * C_, C_);
         matmul_backward_input(mm, dfch, dx, w(fcprojw, l), a_.fch.at(l, n), K, 4 * C_, C_, c_.gelu);
         matmul_backward_weight(mm, dw(fcw, l), dw(fcb, l), dfch, a_.ln2.at(l, n), K, C_, 4 * C_);
@@ -437,7 +401,7 @@ void Pythia::attention_gradients(int64_t l, int64_t B) {
                            attention_shape(B, 0, T_, G));
         rotary_backward(device_.stream, d_.qkv, dout(0), dout(1), dout(2), rotary_, shape);
         for_chunks(N, [&](int64_t n, int64_t K) {
-            real* dinput = dln1_ + n * C_;
+            real* dinput = d_.ln1 + n * C_;
             const real *dqkv = d_.qkv + n * width, *weights = w(qkvw, l) + row * C_;
             matmul_backward_weight(mm, dw(qkvw, l) + row * C_, dw(qkvb, l) + row, dqkv, ln1(l, n, K), K, C_, width);
             if (h == 0)
@@ -465,8 +429,8 @@ Cost Pythia::step_cost(int64_t B) const {
 Work Pythia::work(int64_t B) const {
     const RotaryShape rotary = rotary_shape(B, 0, T_, H_);
     const EmbeddingShape embedding{B, T_, C_};
-    Work work = blocks_work(B, c_.parallel, rotary_forward_cost(rotary, c_.rope.dims),
-                            rotary_backward_cost(rotary, c_.rope.dims, true));
+    Work work =
+        blocks_work(B, rotary_forward_cost(rotary, c_.rope.dims), rotary_backward_cost(rotary, c_.rope.dims, true));
     work.other = work.other + embedding_forward_cost(embedding, false);
     if (training_) work.other = work.other + embedding_backward_cost(embedding, false);
     return work;
@@ -476,18 +440,11 @@ Work Pythia::work(int64_t B) const {
 
 void run_pythia(int argc, char** argv) {
     Options options = parse_options(argc, argv, kPythiaFamily);
-    Start start = find_start(options);
-    PythiaConfig from; // the weights file's
-    std::optional<MappedFile> file;
-    FileType type = FileType::fp32;
-    if (!start.weights.empty()) {
-        type = read_config(file.emplace(start.weights), from);
-        check_vocab(options, from.V, start.weights);
-    }
+    Origin<PythiaConfig> origin(options);
     auto configure = [&](const Options& o) {
-        if (start.weights.empty()) return config_from_options(o);
-        PythiaConfig config = from;
-        apply_options(config, o, o.context ? o.context : from.maxT);
+        if (origin.from_scratch()) return config_from_options(o);
+        PythiaConfig config = origin.config;
+        apply_options(config, o, o.context ? o.context : config.maxT);
         return config;
     };
     auto make = [&](const Device& device, const Options& o) {
@@ -499,12 +456,12 @@ void run_pythia(int argc, char** argv) {
     Device device(options.threads);
     std::unique_ptr<Pythia> model = make(device, options);
     model->allocate();
-    if (file)
-        model->read_file(*file, type);
-    else
+    if (origin.from_scratch())
         model->init_weights(options.seed);
-    file.reset();
-    run(options, device, *model, start);
+    else
+        model->read_file(*origin.file, origin.type);
+    origin.file.reset();
+    run(options, device, *model, origin.start);
 }
 
 int main(int argc, char** argv) {

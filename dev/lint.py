@@ -77,8 +77,8 @@ def check_text(complain):
 
 
 def own_lines(path):
-    """A trainer's lines that are not the model itself: without its lists of tensors and arrays and the two passes."""
-    text = re.sub(r"^void \w+::(forward|backward)\(.*?^}", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    """A trainer's lines that are not the model itself: without its lists of tensors and the parts of its two passes."""
+    text = re.sub(r"^void \w+::(forward|backward|attention\w*|mlp\w*|project_qkv)\(.*?^}", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not re.match(r"//|#include|t\.add|arena_\.place\(", line)]
 

@@ -46,13 +46,6 @@ constexpr const char* kPrecision = "fp32";
 constexpr float kRealEpsilon = 1.1920929e-7f; // 2^-23
 #endif
 
-// What a plan is made for: a backend and its type of weights and activations.
-struct Target {
-    bool cuda;
-    int64_t real_bytes;
-    int64_t threads; // of the CPU backend
-};
-
 // A CUDA stream in the cuda build, null in the cpu build.
 using Stream = struct StreamOpaque*;
 

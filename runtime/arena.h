@@ -1,9 +1,5 @@
-// All of a run's device memory as one allocation, laid out before the first step. Nothing is allocated later.
-//
-//   Arena arena(target);
-//   arena.section("work space", kForward | kMlpBackward);
-//   arena.place_reals(gelu, K * 4 * C, "fc after GELU"); // only notes the size
-//   arena.commit();                                      // allocates once, zeroed, and sets every pointer
+// All of a run's device memory as one allocation, laid out before the first step: place() only notes sizes, commit()
+// allocates once, zeroed, and sets every pointer. Nothing is allocated later.
 //
 // A step goes through phases; what no phase needs at the same time shares memory. The layout is made from sizes alone,
 // so a plan for another machine is the same code without commit().

@@ -8,9 +8,6 @@
 #include "../kernels/types.h"
 #include "memory.h"
 
-// The build's own.
-Target this_target();
-
 struct Device {
     Stream stream = nullptr;
     Matmul* matmul = nullptr;

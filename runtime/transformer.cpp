@@ -14,20 +14,6 @@
 #include "../kernels/matmul.h"
 #include "errors.h"
 #include "host_update.h"
-// TEMPORARY
-#include <omp.h>
-Target this_target() { return {false, sizeof(real), omp_get_max_threads()}; }
-static size_t attention_forward_scratch(const AttentionShape& s, const Target&) { return attention_forward_scratch(s); }
-static size_t attention_backward_scratch(const AttentionShape& s, const Target&) {
-    return attention_backward_scratch(s);
-}
-static size_t layernorm_backward_scratch(int64_t N, int64_t C, const Target&) {
-    return layernorm_backward_scratch(N, C);
-}
-static size_t global_norm_scratch(int64_t N, const Target&) { return global_norm_scratch(N); }
-static size_t embedding_backward_scratch(const EmbeddingShape& s, const Target&) {
-    return embedding_backward_scratch(s);
-}
 
 void check_sizes(const ModelSizes& s, const std::string& where) {
     if (!attention_supports(s.D()))
@@ -100,13 +86,13 @@ Setup make_setup(const Options& options, int64_t T) {
     return setup;
 }
 
-Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Named& named,
+Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Anatomy& anatomy,
                          const Setup& setup)
     : device_(device), setup_(setup), B_(setup.B), T_(setup.T), N_(B_ * T_), L_(sizes.L), C_(sizes.C), H_(sizes.H),
       V_(sizes.V), Vp_(sizes.Vp), K_(setup.activations.chunk ? std::min(N_, setup.activations.chunk) : N_),
       G_(setup.activations.head_group ? std::min(H_, setup.activations.head_group) : H_), training_(setup.training),
       keeps_all_(training_ && setup.activations.recompute == Recompute::none), params_(std::move(tensors)),
-      arena_(device.target), residuals_(device, setup.activations, training_, L_, N_, C_, H_), named_(named) {
+      arena_(device.target), residuals_(device, setup.activations, training_, L_, N_, C_, H_), anatomy_(anatomy) {
     // Far beyond any machine, and the products of sizes still fit 63 bits.
     if (double(B_) * T_ * L_ * 16 * C_ > 0x1p58)
         throw BadInput("--context " + std::to_string(T_) + " and --batch " + std::to_string(B_) +
@@ -114,8 +100,6 @@ Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors 
     if (keeps_all_ && (setup.activations.offload || G_ < H_))
         throw BadInput("--recompute none keeps all activations on the device and attention's heads together; --offload "
                        "residual and --head-group need --recompute block or full");
-    const Target& target = device.target;
-    const AttentionShape attention = attention_shape(B_, 0, T_, G_);
     params_.place(arena_, training_, setup.weights);
     residuals_.place(arena_);
     arena_.section("work space");
@@ -128,31 +112,49 @@ Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors 
     arena_.place(scale_, 1, "clip scale");
     arena_.place(counts_, 1, "counts");
     arena_.place(draw_, 1, "noise");
-    place_rows(lnf_, C_, keeps_all_ ? N_ : K_, 1, "last LayerNorm", kForward | kLosses);
-    place_rows(meanf_, 1, lnf_.tokens, 1, "LayerNorm statistics", kForward | kLosses);
-    place_rows(rstdf_, 1, lnf_.tokens, 1, "LayerNorm statistics", kForward | kLosses);
-    place_kept(ln1_, C_, "ln1", kForward | kAttentionBackward);
-    for (Statistics* stats : {&mean1_, &rstd1_})
-        place_kept(*stats, 1, "LayerNorm statistics", kForward | kAttentionBackward, true);
-    place_rows(cache_, 3 * C_, setup.cached_rows, L_, "cache of sampling", kForward | kLosses);
+    place_activations();
+}
+
+void Transformer::place_activations() {
+    const Phases attention = kForward | kAttentionBackward, mlp = kForward | kMlpBackward, top = kForward | kLosses;
+    const int64_t C = C_, qkv_width = 3 * G_ * (C_ / H_);
+    const Target& target = arena_.target();
+    const AttentionShape shape = attention_shape(B_, 0, T_, G_);
+    place_kept(ln1_, C, "ln1", attention);
+    for (Statistics* stats : {&mean1_, &rstd1_}) place_kept(*stats, 1, "LayerNorm statistics", attention, true);
+    place_kept(a_.qkv, qkv_width, "qkv", attention, true);
+    if (!anatomy_.parallel) place_kept(a_.x1, C, "residual after attention", mlp);
+    place_kept(a_.ln2, C, "ln2", mlp);
+    for (Statistics* stats : {&a_.mean2, &a_.rstd2}) place_kept(*stats, 1, "LayerNorm statistics", mlp);
+    if (training_) place_kept(a_.fch, 4 * C, "fc before GELU", mlp);
+    place_kept(a_.gelu, 4 * C, "fc after GELU", mlp);
+    place_work(a_.branch, C, "branch", mlp);
+    place_work(lnf_, C, "last LayerNorm", top, keeps_all_);
+    for (Statistics* stats : {&meanf_, &rstdf_}) place_work(*stats, 1, "LayerNorm statistics", top, keeps_all_);
+    place_rows(cache_, 3 * C, setup_.cached_rows, L_, "cache of sampling", top);
     arena_.section("work space", kLosses);
     arena_.place_reals(logits_, logits_rows() * Vp_, "logits");
-    arena_.section("work space", kForward | kAttentionBackward);
-    arena_.place(attention_scratch_, attention_forward_scratch(attention, target), "scratch of attention, forward");
+    arena_.section("work space", attention);
+    arena_.place(attention_scratch_, attention_forward_scratch(shape, target), "scratch of attention, forward");
     if (!training_) return;
-    place_work(dlnf_, C_, "gradient of the last LayerNorm", kLosses);
+    place_work(dlnf_, C, "gradient of the last LayerNorm", kLosses);
     arena_.section("work space", kLosses | kBackward);
-    arena_.place_reals(dx_, N_ * C_, "gradient of the residual");
+    arena_.place_reals(d_.x, N_ * C, "gradient of the residual");
+    arena_.section("work space", kBackward);
+    arena_.place_reals(d_.atty, N_ * C, "gradient of attention");
     arena_.section("work space", kAttentionBackward);
-    arena_.place_reals(dln1_, N_ * C_, "gradient of ln1");
-    arena_.place(attention_backward_scratch_, attention_backward_scratch(attention, target), "scratch of attention");
+    arena_.place_reals(d_.ln1, N_ * C, "gradient of ln1");
+    arena_.place_reals(d_.qkv, N_ * qkv_width, "gradient of qkv");
+    arena_.place(attention_backward_scratch_, attention_backward_scratch(shape, target), "scratch of attention");
+    place_work(d_.ln2, C, "gradient of ln2", kMlpBackward);
+    place_work(d_.fch, 4 * C, "gradient of fc", kMlpBackward);
     arena_.section("work space");
     arena_.place(scratch_,
-                 std::max({layernorm_backward_scratch(K_, C_, target), global_norm_scratch(params_.padded, target),
-                           embedding_backward_scratch({B_, T_, C_}, target)}),
+                 std::max({layernorm_backward_scratch(K_, C, target), global_norm_scratch(params_.padded, target),
+                           embedding_backward_scratch({B_, T_, C}, target)}),
                  "scratch of other layers");
     arena_.section("work space", kUpdate);
-    arena_.place(pieces_, host_update_bytes(setup.weights), "pieces of the update");
+    arena_.place(pieces_, host_update_bytes(params_.memory), "pieces of the update");
 }
 
 void Transformer::allocate() {
@@ -174,14 +176,15 @@ int64_t Transformer::logits_rows() const { return std::min<int64_t>(K_, 512); }
 const real* Transformer::ln1(int64_t l, int64_t n, int64_t K) {
     if (ln1_layer_ != l)
         layernorm_forward(device_.stream, ln1_.at(l, n), mean1_.at(l, n), rstd1_.at(l, n), x(l) + n * C_,
-                          w(named_.ln1w, l), w(named_.ln1w + 1, l), K, C_);
+                          w(anatomy_.ln1w, l), w(anatomy_.ln1w + 1, l), K, C_);
     return ln1_.at(l, n);
 }
 
 void Transformer::ln1_backward(int64_t l, int64_t N) {
     for_chunks(N, [&](int64_t n, int64_t K) {
-        layernorm_backward(device_.stream, dx_ + n * C_, dw(named_.ln1w, l), dw(named_.ln1w + 1, l), dln1_ + n * C_,
-                           x(l) + n * C_, w(named_.ln1w, l), mean1_.at(l, n), rstd1_.at(l, n), scratch_, K, C_);
+        layernorm_backward(device_.stream, d_.x + n * C_, dw(anatomy_.ln1w, l), dw(anatomy_.ln1w + 1, l),
+                           d_.ln1 + n * C_, x(l) + n * C_, w(anatomy_.ln1w, l), mean1_.at(l, n), rstd1_.at(l, n),
+                           scratch_, K, C_);
     });
 }
 
@@ -189,8 +192,8 @@ void Transformer::end_block(int64_t l, int64_t n, int64_t K, const real* input, 
     const bool last = l + 1 == L_;
     const Rows<real>& next = last ? lnf_ : ln1_;
     const Statistics &mean = last ? meanf_ : mean1_, &rstd = last ? rstdf_ : rstd1_;
-    const real *gain = last ? w(named_.lnfw) : w(named_.ln1w, l + 1),
-               *bias = last ? w(named_.lnfw + 1) : w(named_.ln1w + 1, l + 1);
+    const real *gain = last ? w(anatomy_.lnfw) : w(anatomy_.ln1w, l + 1),
+               *bias = last ? w(anatomy_.lnfw + 1) : w(anatomy_.ln1w + 1, l + 1);
     residual_layernorm_forward(device_.stream, x(l + 1) + n * C_, next.at(l + 1, n), mean.at(l + 1, n),
                                rstd.at(l + 1, n), input, branch, gain, bias, K, C_);
 }
@@ -201,12 +204,12 @@ void Transformer::enter_backward(int64_t l) {
 }
 
 // From the last block's output to the losses, a chunk at a time, and of logits no more than a part of one. With
-// gradients also back to dx_.
+// gradients also back to d_.x.
 void Transformer::losses(int64_t N, double factor, bool gradients) {
     Stream s = device_.stream;
     Matmul* mm = device_.matmul;
-    const real *weights = w(named_.unembedding), *gain = w(named_.lnfw), *bias = w(named_.lnfw + 1);
-    if (gradients) fill_zero(device_, dx_, N * C_ * sizeof(real));
+    const real *weights = w(anatomy_.unembedding), *gain = w(anatomy_.lnfw), *bias = w(anatomy_.lnfw + 1);
+    if (gradients) fill_zero(device_, d_.x, N * C_ * sizeof(real));
     for_chunks(N, [&](int64_t n, int64_t K) {
         if (lnf_.tokens < N_)
             layernorm_forward(s, lnf_.at(0, n), meanf_.at(0, n), rstdf_.at(0, n), x(L_) + n * C_, gain, bias, K, C_);
@@ -218,12 +221,12 @@ void Transformer::losses(int64_t N, double factor, bool gradients) {
                 continue;
             }
             classifier_forward_backward(s, losses_ + m, logits_, targets_ + m, float(factor), rows, V_, Vp_);
-            matmul_backward_weight(mm, dw(named_.unembedding), nullptr, logits_, lnf_.at(0, m), rows, C_, Vp_);
+            matmul_backward_weight(mm, dw(anatomy_.unembedding), nullptr, logits_, lnf_.at(0, m), rows, C_, Vp_);
             matmul_backward_input(mm, dlnf_.at(0, m), logits_, weights, nullptr, rows, C_, Vp_);
         }
         if (gradients)
-            layernorm_backward(s, dx_ + n * C_, dw(named_.lnfw), dw(named_.lnfw + 1), dlnf_.at(0, n), x(L_) + n * C_,
-                               gain, meanf_.at(0, n), rstdf_.at(0, n), scratch_, K, C_);
+            layernorm_backward(s, d_.x + n * C_, dw(anatomy_.lnfw), dw(anatomy_.lnfw + 1), dlnf_.at(0, n),
+                               x(L_) + n * C_, gain, meanf_.at(0, n), rstdf_.at(0, n), scratch_, K, C_);
     });
     classifier_add_losses(s, loss_, losses_, factor, N);
 }
@@ -241,7 +244,7 @@ Cost Transformer::linear_cost(int64_t N, int64_t in, int64_t out) {
            matmul_backward_weight_cost(N, in, out);
 }
 
-Work Transformer::blocks_work(int64_t B, bool parallel, Cost rotary_forward, Cost rotary_backward) const {
+Work Transformer::blocks_work(int64_t B, Cost rotary_forward, Cost rotary_backward) const {
     const int64_t N = B * T_;
     // `of`(K) for every chunk, of(G) for every group of heads.
     auto in_parts = [](int64_t n, int64_t part, auto of) {
@@ -278,9 +281,9 @@ Work Transformer::blocks_work(int64_t B, bool parallel, Cost rotary_forward, Cos
         block.attention = block.attention + scores_back;
         block.other = block.other + rotary_backward + 2 * norm_back + gelu_backward_cost(N * 4 * C_);
         if (!keeps_all_) {
-            block.matmul = block.matmul + qkv + fc + (parallel ? Cost{} : attproj);
+            block.matmul = block.matmul + qkv + fc + (anatomy_.parallel ? Cost{} : attproj);
             block.other = block.other + rotary_forward + (K_ < N_ ? 2 * first_norms : norm) +
-                          (parallel ? norm : norm_of_sum) + gelu;
+                          (anatomy_.parallel ? norm : norm_of_sum) + gelu;
         }
         if (!keeps_attention()) {
             block.matmul = block.matmul + qkv;
@@ -327,7 +330,7 @@ void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_
 void Transformer::next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) {
     upload(device_, tokens_, tokens, n * sizeof(int32_t));
     forward(1, start, n, Pass::sampling);
-    matmul_forward(device_.matmul, logits_, nullptr, lnf_.at(0, n - 1), w(named_.unembedding), nullptr, 1, C_, Vp_);
+    matmul_forward(device_.matmul, logits_, nullptr, lnf_.at(0, n - 1), w(anatomy_.unembedding), nullptr, 1, C_, Vp_);
     std::vector<real> row(V_);
     download(device_, row.data(), logits_, V_ * sizeof(real));
     for (int64_t v = 0; v < V_; v++) logits[v] = to_float(row[v]);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -47,10 +48,41 @@ struct Setup {
 };
 Setup make_setup(const Options& options, int64_t T);
 
+// What a run starts from, Config being the trainer's: a weights file, which is read once the model is there, or
+// nothing.
+template <class Config> struct Origin {
+    Start start;
+    Config config; // the file's
+    std::optional<MappedFile> file;
+    FileType type = FileType::fp32;
+
+    explicit Origin(const Options& options) : start(find_start(options)) {
+        if (from_scratch()) return;
+        type = read_config(file.emplace(start.weights), config);
+        check_vocab(options, config.V, start.weights);
+    }
+    bool from_scratch() const { return start.weights.empty(); }
+};
+
 // What a micro-batch asks of a machine, recomputation and all.
 struct Work {
     Cost matmul, attention, other;
     double copied = 0; // bytes between device and host
+};
+
+// A block's own activations, beside what it hands on (activations.h), by their width a token. Without recomputation
+// each layer keeps them for its backward pass; else they are made again there, a chunk of tokens and a group of heads
+// at a time.
+struct Activations {
+    Rows<real> qkv;                // 3·G·D of all tokens
+    Rows<real> x1, ln2, fch, gelu; // C where the MLP reads what attention made, C, 4C, 4C; fch in training only
+    Rows<real> branch;             // C, what a branch adds to the residual
+    Statistics mean2, rstd2;
+};
+
+struct ActivationGradients {
+    real *x, *ln1, *atty, *qkv; // (N,C) of the residual, (N,C), (N,C), (N,3·G·D)
+    Rows<real> ln2, fch;        // C, 4C
 };
 
 enum class Pass { training, evaluation, sampling };
@@ -88,17 +120,19 @@ public:
 
 protected:
     // Of the tensors the one that makes logits (Vp,C), and the gains of each block's first LayerNorm and of the last
-    // one; their biases follow them.
-    struct Named {
+    // one, whose biases follow them. Parallel: the MLP reads the block's input, as attention does.
+    struct Anatomy {
         size_t unembedding, ln1w, lnfw;
+        bool parallel;
     };
-    Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Named& named, const Setup& setup);
+    Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Anatomy& anatomy,
+                const Setup& setup);
 
     // tokens_ to the last block's output. `start` is the position of the
     // first token, which in sampling continues a sequence: attention then finds the keys and values of those before in
     // the cache.
     virtual void forward(int64_t B, int64_t start, int64_t T, Pass pass) = 0;
-    // dx_, the gradient of the last block's output, to the gradients of all parameters but the unembedding's product
+    // d_.x, the gradient of the last block's output, to the gradients of all parameters but the unembedding's product
     // and the last LayerNorm.
     virtual void backward(int64_t B) = 0;
     virtual Header header() const = 0;
@@ -107,7 +141,7 @@ protected:
     void forget_ln1() { ln1_layer_ = -1; }
     const real* ln1(int64_t l, int64_t n, int64_t K);                     // of tokens n … n+K
     void made_ln1(int64_t l) { ln1_layer_ = ln1_.tokens == N_ ? l : -1; } // of all tokens
-    void ln1_backward(int64_t l, int64_t N);                              // dln1_ into dx_
+    void ln1_backward(int64_t l, int64_t N);                              // d_.ln1 into d_.x
     // Tokens n … n+K of x(l+1) := input + branch, and the LayerNorm that follows: the next block's first, or the last
     // one.
     void end_block(int64_t l, int64_t n, int64_t K, const real* input, const real* branch);
@@ -127,25 +161,13 @@ protected:
         for (int64_t h = 0; h < H_; h += G_) f(h, std::min(G_, H_ - h));
     }
 
-    // Notes an activation in the arena: kept of all layers where nothing is recomputed, else a chunk of one layer or,
-    // with `whole`, all of its tokens, for the time of `phases`.
-    template <class R> void place_kept(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {
-        place_rows(rows, width, keeps_all_ || whole ? N_ : K_, keeps_all_ ? L_ : 1, name,
-                   keeps_all_ ? kAlways : phases);
-    }
-    // The same of what no layer keeps.
-    template <class R> void place_work(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {
-        place_rows(rows, width, whole ? N_ : K_, 1, name, phases);
-    }
-
     real* x(int64_t l) const { return residuals_.x(l); }
     real* atty(int64_t l) const { return residuals_.atty(l); }
     float* lse(int64_t l) const { return residuals_.lse(l); }
     bool keeps_attention() const { return setup_.activations.recompute != Recompute::full; }
 
-    // Of all but the embeddings. `parallel`: the MLP reads the block's input, so that it can be gone through again
-    // without attention's projection. `rotary` is the cost of all heads.
-    Work blocks_work(int64_t B, bool parallel, Cost rotary_forward, Cost rotary_backward) const;
+    // Of all but the embeddings; the costs of rotary are those of all heads.
+    Work blocks_work(int64_t B, Cost rotary_forward, Cost rotary_backward) const;
     // A matrix (out, in) on N tokens, forward and backward.
     static Cost linear_cost(int64_t N, int64_t in, int64_t out);
     // FLOPs and bytes of the unembedding with its loss and gradients, for N tokens.
@@ -172,10 +194,11 @@ protected:
     char *scratch_ = nullptr, *attention_scratch_ = nullptr, *attention_backward_scratch_ = nullptr;
     int32_t* tokens_ = nullptr; // (N)
     Rows<real> cache_;          // (L,cached_rows,3C) queries, keys and values of the sequence that is sampled
-    real *dx_ = nullptr, *dln1_ = nullptr; // (N,C) gradients of the residual and of ln1
+    Activations a_{};
+    ActivationGradients d_{};
 
 private:
-    const Named named_;
+    const Anatomy anatomy_;
     Recording training_step_, evaluation_;
     Rows<real> ln1_, lnf_, dlnf_; // outputs of the blocks' first and of the last LayerNorm
     Statistics mean1_, rstd1_, meanf_, rstdf_;
@@ -191,6 +214,17 @@ private:
     std::unique_ptr<HostStore> host_;
     char* pieces_ = nullptr; // of what waits on the host, two that take turns
 
+    void place_activations();
+    // Notes an activation in the arena: kept of all layers where nothing is recomputed, else a chunk of one layer or,
+    // with `whole`, all of its tokens, for the time of `phases`.
+    template <class R> void place_kept(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {
+        place_rows(rows, width, keeps_all_ || whole ? N_ : K_, keeps_all_ ? L_ : 1, name,
+                   keeps_all_ ? kAlways : phases);
+    }
+    // The same of what no layer keeps.
+    template <class R> void place_work(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {
+        place_rows(rows, width, whole ? N_ : K_, 1, name, phases);
+    }
     template <class R>
     void place_rows(R& rows, int64_t width, int64_t tokens, int64_t slots, const char* name, Phases phases) {
         rows.width = width, rows.tokens = tokens, rows.slots = slots;

@@ -22,9 +22,7 @@ public:
         : memory_(elements), shape_(shape), batch_(batch), token_(token), head_(head) {
         madvise(memory_.data(), elements * sizeof(T), MADV_NOHUGEPAGE);
     }
-    Heads<T> at(int64_t which) {
-        return Heads<T>{memory_.data() + which * shape_.H * shape_.D, batch_, token_, head_};
-    }
+    Heads<T> at(int64_t which) { return Heads<T>{memory_.data() + which * shape_.H * shape_.D, batch_, token_, head_}; }
     Heads<const T> view(int64_t which) { return Heads<const T>{at(which).data, batch_, token_, head_}; }
 
     void put(Tensor<T>& x, int64_t which) {
@@ -212,8 +210,7 @@ void check_crowd(const AttentionShape& shape, bool backward_too) {
     if (shape.H == 1 && shape.B > 1) { // the last queries' document begins behind the first keys
         crowd.near.documents.assign(kTail, 0);
         std::fill(crowd.near.documents.end() - 20, crowd.near.documents.end(), shape.k_offset + 5);
-        std::copy(crowd.near.documents.begin(), crowd.near.documents.end(),
-                  &doc_start[shape.B * shape.Tq - kTail]);
+        std::copy(crowd.near.documents.begin(), crowd.near.documents.end(), &doc_start[shape.B * shape.Tq - kTail]);
         crowd.shape.doc_start = doc_start.data();
     }
     Output<real> want = forward(crowd.near);
