@@ -12,7 +12,7 @@ template <class T> bool aligned(const Heads<T>& x) {
 }
 
 // Is there a kernel? True for D 32, 64, 80, 128 and 256 in bf16 builds, if scale is positive (the running maximum is
-// taken before the scale) and lengths are below 2^30. `heads` are all tensors of the call.
+// taken before the scale) and lengths are at most 2^30 − 128. `heads` are all tensors of the call.
 bool supports(const AttentionShape& shape, float scale);
 template <class... T> bool supports(const AttentionShape& shape, float scale, const Heads<T>&... heads) {
     return supports(shape, scale) && (aligned(heads) && ...);

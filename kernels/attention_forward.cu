@@ -145,8 +145,9 @@ template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> o, fl
 } // namespace
 
 bool supports(const AttentionShape& s, float scale) {
-    constexpr int64_t kLongest = int64_t(1) << 30;
-    return std::is_same_v<real, bf16> && has_tiles(s.D) && scale > 0 && s.Tq < kLongest && s.Tk < kLongest;
+    // Places of a query and of a key in its last tile, 128 rows at the most, have a sum of 31 bits.
+    constexpr int64_t kLongest = (int64_t(1) << 30) - 128;
+    return std::is_same_v<real, bf16> && has_tiles(s.D) && scale > 0 && s.Tq <= kLongest && s.Tk <= kLongest;
 }
 
 template <class Out> void forward(Stream stream, Heads<Out> o, float* lse, Heads<const bf16> q, Heads<const bf16> k,

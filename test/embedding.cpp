@@ -286,7 +286,6 @@ TEST_CASE("outputs and gradients of more than 2^31 elements") {
         wrong += dwpe[i] != first || dwpe[C - ends + i] != last;
     }
     CHECK(wrong == 0);
-
 }
 
 // A token more than 2^31, which only the forward pass takes.
