@@ -13,10 +13,11 @@ template <class T> bool aligned(const Heads<T>& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % n == 0 && x.token % n == 0 && x.head % n == 0;
 }
 
-// Is there a kernel for bf16? True for lengths below 2^30 of every head dim.
+// Is there a kernel for bf16? True for every head dim and lengths of at most 2^30 − 128: places of a query and of a key
+// in its last tile, 128 rows at the most, have a sum of 31 bits.
 inline bool has_tiles(const AttentionShape& s) {
-    constexpr int64_t kLongest = int64_t(1) << 30;
-    return attention_supports(s.D) && s.Tq < kLongest && s.Tk < kLongest;
+    constexpr int64_t kLongest = (int64_t(1) << 30) - 128;
+    return attention_supports(s.D) && s.Tq <= kLongest && s.Tk <= kLongest;
 }
 // And for this call? Not in fp32 builds, nor where scale is not positive (the running maximum is taken before the
 // scale). `heads` are all tensors of the call.

@@ -1,6 +1,8 @@
 #include "arena.h"
 
 #include <algorithm>
+#include <bit>
+#include <tuple>
 
 #include "memory.h"
 
@@ -29,16 +31,9 @@ void Arena::place_bytes(void** pointer, size_t bytes, const char* name) {
     laid_out_ = false;
 }
 
-// The largest first, each at the lowest place that is free in all of its phases. What lasts through all phases comes
-// before the rest, so that the others share one run behind it.
-void Arena::lay_out() {
-    std::vector<Item*> order;
-    for (Item& item : items_) order.push_back(&item);
-    std::stable_sort(order.begin(), order.end(), [](const Item* a, const Item* b) {
-        const bool a_always = a->phases == kAlways, b_always = b->phases == kAlways;
-        return a_always != b_always ? a_always : !a_always && a->bytes > b->bytes;
-    });
-    bytes_ = 0;
+// Each at the lowest place that is free in all of its phases, in this order.
+size_t Arena::lay_out(const std::vector<Item*>& order) {
+    size_t end = 0;
     std::vector<const Item*> placed; // by offset
     for (Item* item : order) {
         size_t offset = 0;
@@ -46,11 +41,33 @@ void Arena::lay_out() {
             if (other->phases & item->phases && other->offset < offset + item->bytes)
                 offset = std::max(offset, other->offset + other->bytes);
         item->offset = offset;
-        bytes_ = std::max(bytes_, offset + item->bytes);
+        end = std::max(end, offset + item->bytes);
         placed.insert(std::upper_bound(placed.begin(), placed.end(), item,
                                        [](const Item* a, const Item* b) { return a->offset < b->offset; }),
                       item);
     }
+    return end;
+}
+
+// What lasts longest comes first, so that the rest shares one run behind it, and the larger before the smaller. Of the
+// orders tried, with the items of each phase in front, the best is taken: mostly that of the phase which needs most,
+// whose items then lie without gaps while the others find room beside them.
+void Arena::lay_out() {
+    std::vector<Item*> order, best;
+    for (Item& item : items_) order.push_back(&item);
+    bytes_ = SIZE_MAX;
+    for (Phases first : kEachPhase) {
+        std::stable_sort(order.begin(), order.end(), [&](const Item* a, const Item* b) {
+            auto rank = [&](const Item* item) {
+                return std::tuple(!(item->phases & first), -std::popcount(item->phases), -int64_t(item->bytes));
+            };
+            return rank(a) < rank(b);
+        });
+        const size_t bytes = lay_out(order);
+        if (bytes < bytes_) bytes_ = bytes, best = order;
+    }
+    if (!best.empty()) lay_out(best);
+    if (items_.empty()) bytes_ = 0;
     laid_out_ = true;
 }
 

@@ -63,4 +63,5 @@ private:
 
     void place_bytes(void** pointer, size_t bytes, const char* name);
     void lay_out();
+    static size_t lay_out(const std::vector<Item*>& order);
 };

@@ -48,17 +48,16 @@ private:
 
 } // namespace
 
-// In turn the strides from token to token, head to head and sequence to sequence go beyond 2^31, and LSE's from
-// sequence to sequence.
+// In turn the strides from every 16th token to the next, head to head and sequence to sequence go beyond 2^31, and
+// LSE's from sequence to sequence.
 TEST_CASE("addresses beyond 2^31 elements") {
 #ifdef LONGHAND_SIMT
     simt::SettingsGuard guard;
 #endif
     constexpr int64_t B = 2, T = 66, H = 2, kFar = (int64_t(1) << 31) + 4096, kRow = 1024;
-    constexpr int64_t kElements = 2 * kFar + 4096 * kRow;
     const struct {
         int64_t batch, token, head;
-    } strides[] = {{kFar / 2, (kFar / 64 + kRow) / kRow * kRow, 0}, {T * kRow, kRow, kFar}, {kFar, kRow, 0}};
+    } strides[] = {{kFar / 2, (kFar / 16 + kRow) / kRow * kRow, 0}, {T * kRow, kRow, kFar}, {kFar, kRow, 0}};
     check::Huge<float> lse_memory(kFar + H * T), part_lse_memory(kFar + H * T);
     float *lse = lse_memory.data(), *part_lse = part_lse_memory.data();
     for (int64_t D : {32, 64}) {
@@ -73,7 +72,8 @@ TEST_CASE("addresses beyond 2^31 elements") {
                         p.shape);
         for (auto& stride : strides) {
             const int64_t head = stride.head ? stride.head : D;
-            Scattered<real> rows(kElements, p.shape, stride.batch, stride.token, head);
+            const int64_t elements = stride.batch + T * stride.token + head + kRow;
+            Scattered<real> rows(elements, p.shape, stride.batch, stride.token, head);
             rows.put(p.q, 0), rows.put(p.k, 1), rows.put(p.v, 2), rows.put(p.dout, 3);
             AttentionShape s = p.shape;
             s.lse_batch = kFar;
@@ -99,7 +99,7 @@ TEST_CASE("addresses beyond 2^31 elements") {
                 CHECK(rows.equals(g.dq, 5));
             }
 
-            Scattered<float> floats(kElements, p.shape, stride.batch, stride.token, head);
+            Scattered<float> floats(elements, p.shape, stride.batch, stride.token, head);
             Backward<float> sums(p), far_sums(p);
             for (Tensor<float>* x : {&sums.dq, &sums.dk, &sums.dv}) x->fill(random_normal<float>(B * T * H * D, 71));
             floats.put(sums.dq, 2), floats.put(sums.dk, 3), floats.put(sums.dv, 4);
@@ -181,6 +181,9 @@ struct Crowd {
             const int64_t head = kKeys * shape.D;
             return Heads<real>{x, shape.H * head, shape.D, head};
         };
+        // Where dQ may be summed in any order, the last queries' sums are here.
+        const size_t bytes = attention_backward_scratch(shape), sums = kTail * shape.D * sizeof(float);
+        memset(scratch.data() + bytes - sums, 0xff, sums);
         attention_backward(nullptr, heads(dq.data()), of_heads(dk), of_heads(dv), view(dout.data()), view(q.data()),
                            view(k.data()), view(v.data()), view(o.data()), lse.data(), near.scale, scratch.data(),
                            shape);

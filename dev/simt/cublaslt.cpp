@@ -2,6 +2,7 @@
 // Everything is column-major unless a layout says otherwise: element (row, col) of an M×N matrix lies at col·ld + row.
 #include "include/cublasLt.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -57,13 +58,31 @@ bool holds(const void* p, const cublasLtMatrixLayoutOpaque& m) {
     return on_device(p, m.type, at(m, m.rows - 1, m.cols - 1) + 1);
 }
 
-// The matrix, or its transpose, as floats (rows,cols) row-major.
-std::vector<float> widened(const void* p, const cublasLtMatrixLayoutOpaque& m, bool transposed) {
-    int64_t rows = transposed ? m.cols : m.rows, cols = transposed ? m.rows : m.cols;
-    std::vector<float> out(static_cast<size_t>(rows) * cols);
+// Floats of an operand or of the result at a time, so that tests past 2^31 elements hold few of them, and those in the
+// cache. Beyond, the sum over K is cut.
+constexpr int64_t kMostWidened = int64_t{1} << 22;
+
+struct Run {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+};
+
+// These rows and columns of the matrix, or of its transpose, as floats row-major; in strips, within which a line of
+// memory stays in the cache until the next row needs it.
+std::vector<float> widened(const void* p, const cublasLtMatrixLayoutOpaque& m, bool transposed, Run rows, Run cols) {
+    constexpr int64_t kStrip = 64;
+    std::vector<float> out(static_cast<size_t>(rows.size()) * cols.size());
+    const int64_t row_step = at(m, !transposed, transposed), col_step = at(m, transposed, !transposed);
+    auto widen = [&](const auto* from) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) out[r * cols + c] = get(p, m.type, transposed ? at(m, c, r) : at(m, r, c));
+        for (int64_t strip = cols.begin; strip < cols.end; strip += kStrip)
+            for (int64_t r = rows.begin; r < rows.end; r++) {
+                float* row = out.data() + (r - rows.begin) * cols.size() - cols.begin;
+                for (int64_t c = strip; c < std::min(strip + kStrip, cols.end); c++)
+                    row[c] = to_float(from[r * row_step + c * col_step]);
+            }
+    };
+    m.type == CUDA_R_16BF ? widen(static_cast<const bf16*>(p)) : widen(static_cast<const float*>(p));
     return out;
 }
 
@@ -239,33 +258,49 @@ static cublasStatus_t multiply(const cublasLtMatmulDescOpaque* desc, const void*
         (uses_aux && (desc->aux_ld < M || !on_device(desc->aux, aux_type, (N - 1) * desc->aux_ld + M))))
         return CUBLAS_STATUS_INVALID_VALUE;
 
-    // Dᵀ (N,M) row-major = op(B)ᵀ (N,K) · op(A)ᵀ (K,M).
-    std::vector<float> right = widened(a, *al, desc->trans_a == CUBLAS_OP_N),
-                       left = widened(b, *bl, desc->trans_b == CUBLAS_OP_N);
-    std::vector<float> sum(static_cast<size_t>(N) * M);
-    if (dnnl_sgemm('N', 'N', N, M, K, 1.0f, left.data(), K, right.data(), M, 0.0f, sum.data(), M) != dnnl_success)
-        return CUBLAS_STATUS_ALLOC_FAILED;
-
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t m = 0; m < M; m++) {
-            float x = alpha * sum[n * M + m];
-            if (beta != 0) x += beta * get(c, cl->type, at(*cl, m, n));
-            if (adds_bias) x += get(desc->bias, bias_type, m);
-            if (forward) {
-                if (uses_aux) put(desc->aux, aux_type, n * desc->aux_ld + m, x);
-                x = gelu(x);
+    // Dᵀ (N,M) row-major = op(B)ᵀ (N,K) · op(A)ᵀ (K,M), in pieces of N and K, so that what is widened stays small.
+    const int64_t most_n = std::max<int64_t>(kMostWidened / std::max(M, std::min(K, kMostWidened / M)), 1),
+                  most_k = std::max<int64_t>(kMostWidened / std::max(M, std::min(N, most_n)), 1);
+    std::vector<double> total(bias_gradient ? bias_length : 0);
+    std::vector<float> right, left, sum;
+    for (Run ns = {0, std::min(most_n, N)}; ns.begin < N; ns = {ns.end, std::min(ns.end + most_n, N)}) {
+        sum.resize(static_cast<size_t>(ns.size()) * M);
+        for (Run ks = {0, std::min(most_k, K)}; ks.begin < K; ks = {ks.end, std::min(ks.end + most_k, K)}) {
+            if (ns.begin == 0 || ks.size() < K) right = widened(a, *al, desc->trans_a == CUBLAS_OP_N, ks, {0, M});
+            left = widened(b, *bl, desc->trans_b == CUBLAS_OP_N, ns, ks);
+            if (dnnl_sgemm('N', 'N', ns.size(), M, ks.size(), 1.0f, left.data(), ks.size(), right.data(), M,
+                           ks.begin == 0 ? 0.0f : 1.0f, sum.data(), M) != dnnl_success)
+                return CUBLAS_STATUS_ALLOC_FAILED;
+            if (!bias_gradient || gradient) continue;
+            for (int64_t k = 0; k < ks.size(); k++) {
+                if (bias_of_rows && ns.begin == 0)
+                    for (int64_t m = 0; m < M; m++) total[m] += right[k * M + m];
+                if (!bias_of_rows)
+                    for (int64_t n = ns.begin; n < ns.end; n++) total[n] += left[(n - ns.begin) * ks.size() + k];
             }
-            if (gradient) x *= gelu_slope(get(desc->aux, aux_type, n * desc->aux_ld + m));
-            sum[n * M + m] = x;
-            put(d, dl->type, at(*dl, m, n), x);
         }
-    if (bias_gradient) {
-        std::vector<double> total(bias_length);
-        for (int64_t i = 0; i < (gradient ? N : K); i++)
-            for (int64_t j = 0; j < bias_length; j++)
-                total[j] += gradient ? sum[i * M + j] : bias_of_rows ? right[i * M + j] : left[j * K + i];
-        for (int64_t j = 0; j < bias_length; j++) put(desc->bias, bias_type, j, static_cast<float>(total[j]));
+
+#pragma omp parallel for schedule(static)
+        for (int64_t n = ns.begin; n < ns.end; n++) {
+            float* row = sum.data() + (n - ns.begin) * M;
+            for (int64_t m = 0; m < M; m++) {
+                float x = alpha * row[m];
+                if (beta != 0) x += beta * get(c, cl->type, at(*cl, m, n));
+                if (adds_bias) x += get(desc->bias, bias_type, m);
+                if (forward) {
+                    if (uses_aux) put(desc->aux, aux_type, n * desc->aux_ld + m, x);
+                    x = gelu(x);
+                }
+                if (gradient) x *= gelu_slope(get(desc->aux, aux_type, n * desc->aux_ld + m));
+                row[m] = x;
+                put(d, dl->type, at(*dl, m, n), x);
+            }
+        }
+        for (int64_t n = 0; bias_gradient && gradient && n < ns.size(); n++)
+            for (int64_t m = 0; m < M; m++) total[m] += sum[n * M + m];
     }
+    for (int64_t j = 0; bias_gradient && j < bias_length; j++)
+        put(desc->bias, bias_type, j, static_cast<float>(total[j]));
     return CUBLAS_STATUS_SUCCESS;
 }
 
