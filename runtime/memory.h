@@ -19,8 +19,8 @@ void managed_free(void* pointer);
 // Whether kernels are the host's own functions, which may touch all of its memory: in the cpu build.
 bool device_is_host();
 
-// What a run may take of the device's memory: all of a GPU's; on the CPU nine tenths of what the system has available or
-// the process's group is allowed, whichever is less. 0 if that cannot be said.
+// What a run may take of the device's memory: all of a GPU's; on the CPU nine tenths of what the system has available
+// or the process's group is allowed, whichever is less. 0 if that cannot be said.
 size_t available_bytes();
 
 // Most memory this process has had: resident on the CPU, in use of the GPU's on a GPU, in bytes.

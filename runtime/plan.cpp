@@ -39,8 +39,8 @@ static Machine plan_machine(const Options& options, const Target& target) {
         const Gpu* gpu = find_gpu(options.gpu.empty() ? "a100-40" : options.gpu.c_str());
         return {gpu->title, gpu->flops, gpu->bandwidth, gpu->copies, gpu->matmul, gpu->attention, 0.85};
     }
-    // Of a thread: oneDNN on AVX-512, twice that with bf16 products; attention at half of the matmul rate
-    // (TARGETS of this machine class). A disk that writes back behind the page cache.
+    // Of a thread: oneDNN on AVX-512, twice that with bf16 products; what such machines copy, two channels of memory; a
+    // disk that writes back behind the page cache. Attention comes to half of the matmul rate (dev/LOG.md).
     const double rate = 150e9 * (target.real_bytes == 2 ? 2 : 1);
     return {"CPU", rate * double(target.threads), 20e9, 0.5e9, 0.80, 0.45, 0.60};
 }
@@ -225,8 +225,16 @@ static std::string note(const Planner& planner, const Choice& chosen) {
 bool plan_memory(Options& options, const MakeModel& make) {
     if (!options.eval.empty()) return false;
     Planner planner(options, make);
-    const Choice best = planner.choose();
+    Choice best = planner.choose();
     const bool report = options.plan || options.plan_json;
+    if (report && !planner.target().cuda && device_is_host() && planner.target().real_bytes == sizeof(real)) {
+        // The choice is a run's, which is made before anything is measured; the estimate may be better.
+        const Device device(options.threads);
+        Machine machine = planner.machine();
+        machine.name = "this CPU, measured", machine.flops = device.peak_flops;
+        planner.set_machine(machine);
+        best = planner.weigh(best.options);
+    }
     const int64_t largest = report || best.lacking ? planner.largest_context() : 0;
     if (report) print_plan(planner, best, largest);
     if (best.lacking) throw Failure(kPlanDoesNotFit, refusal(planner, best, largest));

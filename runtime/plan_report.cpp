@@ -224,7 +224,7 @@ void print_table(const json& all, const Limits& limits) {
     if (time["transfer"] > 0) printf(" beside %s of copies", duration(time["transfer"]).c_str());
     printf(" + %s of update; %.0f tokens/s, %.0f%% of peak\n", duration(time["update"]).c_str(),
            time["tokens_per_second"].get<double>(), time["peak_percent"].get<double>());
-    printf("assumed of %s: matmul %.0f%%, attention %.0f%% of %.2f TFLOP/s; %.0f%% of %.0f GB/s; copies %.1f GB/s\n",
+    printf("assumed of %s: matmul %.0f%%, attention %.0f%% of %.3g TFLOP/s; %.0f%% of %.0f GB/s; copies %.1f GB/s\n",
            text(time["machine"]).c_str(), 100 * time["assumed_matmul"].get<double>(),
            100 * time["assumed_attention"].get<double>(), time["flops"].get<double>() / 1e12,
            100 * time["assumed_bandwidth"].get<double>(), time["bandwidth"].get<double>() / 1e9,

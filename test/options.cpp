@@ -9,6 +9,7 @@
 #include <random>
 #include <regex>
 #include <set>
+#include <sstream>
 
 #include "../kernels/types.h"
 #include "../runtime/errors.h"
@@ -38,6 +39,11 @@ std::string refusal(const Words& words) {
 Words operator+(Words a, const Words& b) {
     a.insert(a.end(), b.begin(), b.end());
     return a;
+}
+
+Words words_of(const std::string& line) {
+    std::istringstream stream(line);
+    return {std::istream_iterator<std::string>(stream), {}};
 }
 
 // The names in an options.toml.
@@ -83,87 +89,15 @@ TEST_CASE("every option reaches its field") {
     want.temperature = 0.5, want.top_k = 15, want.save_every = 17, want.keep = 19, want.max_hours = 1.5;
     want.recompute = "block", want.chunk = 2048, want.head_group = 3, want.offload = "residual,state";
     want.memory = "16GiB", want.host_memory = "100GB";
-    Words words = {"--model",
-                   "6,384,6",
-                   "--vocab",
-                   "5000",
-                   "--train",
-                   "a b.bin:2,c.bin",
-                   "--val",
-                   "v*.bin",
-                   "--tokenizer",
-                   "t.bin",
-                   "--prompt-tokens",
-                   "12,55,3",
-                   "--out",
-                   "/nonexistent/run",
-                   "--resume",
-                   "--steps",
-                   "7",
-                   "--seed",
-                   "18446744073709551615",
-                   "--threads",
-                   "3",
-                   "--context",
-                   "64",
-                   "--batch",
-                   "2",
-                   "--tokens-per-step",
-                   "256",
-                   "--lr",
-                   "1e-3",
-                   "--warmup",
-                   "5",
-                   "--schedule",
-                   "wsd",
-                   "--decay-steps",
-                   "4",
-                   "--final-lr",
-                   "0.25",
-                   "--weight-decay",
-                   "0.2",
-                   "--beta1",
-                   "0.8",
-                   "--beta2",
-                   "0.99",
-                   "--eps",
-                   "1e-6",
-                   "--clip",
-                   "0.5",
-                   "--skip-z",
-                   "4",
-                   "--max-skips",
-                   "6",
-                   "--val-every",
-                   "9",
-                   "--val-tokens",
-                   "1000",
-                   "--sample-every",
-                   "11",
-                   "--sample-tokens",
-                   "13",
-                   "--temperature",
-                   "0.5",
-                   "--top-k",
-                   "15",
-                   "--save-every",
-                   "17",
-                   "--keep",
-                   "19",
-                   "--max-hours",
-                   "1.5",
-                   "--recompute",
-                   "block",
-                   "--chunk",
-                   "2048",
-                   "--head-group",
-                   "3",
-                   "--offload",
-                   "residual,state",
-                   "--memory",
-                   "16GiB",
-                   "--host-memory",
-                   "100GB"};
+    const Words words =
+        Words{"--train", "a b.bin:2,c.bin"} +
+        words_of("--model 6,384,6 --vocab 5000 --val v*.bin --tokenizer t.bin --prompt-tokens 12,55,3 --out "
+                 "/nonexistent/run --resume --steps 7 --seed 18446744073709551615 --threads 3 --context 64 "
+                 "--batch 2 --tokens-per-step 256 --lr 1e-3 --warmup 5 --schedule wsd --decay-steps 4 "
+                 "--final-lr 0.25 --weight-decay 0.2 --beta1 0.8 --beta2 0.99 --eps 1e-6 --clip 0.5 --skip-z "
+                 "4 --max-skips 6 --val-every 9 --val-tokens 1000 --sample-every 11 --sample-tokens 13 "
+                 "--temperature 0.5 --top-k 15 --save-every 17 --keep 19 --max-hours 1.5 --recompute block "
+                 "--chunk 2048 --head-group 3 --offload residual,state --memory 16GiB --host-memory 100GB");
     CHECK(parse(words) == want);
 
     Options evaluation;

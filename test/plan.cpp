@@ -288,7 +288,7 @@ TEST_CASE("a run takes what fits, or says what would") {
     CHECK(again.chunk == tight.chunk);
     CHECK(planned(memory(std::to_string(tight.planned.bytes))).planned.bytes <= tight.planned.bytes);
 
-    Options small = parsed(kGpt2, run + memory("150MiB") + kAlone);
+    Options small = parsed(kGpt2, run + memory("100MiB") + kAlone);
     ExitCode code = kDone;
     std::string said;
     try {
@@ -304,7 +304,7 @@ TEST_CASE("a run takes what fits, or says what would") {
     const int64_t largest = std::stoll(said.substr(at + 33));
     CHECK(largest > 0);
     auto fits = [&](int64_t T) {
-        Options o = parsed(kGpt2, run + memory("150MiB") + kAlone);
+        Options o = parsed(kGpt2, run + memory("100MiB") + kAlone);
         o.context = T;
         return Planner(o, kGpt2.make).choose().lacking == 0;
     };
