@@ -7,6 +7,10 @@
 void* device_alloc(size_t bytes);
 void device_free(void* pointer, size_t bytes);
 
+// Pages of a mapped file count as the process's no longer, until they are touched again. Nothing to do on a GPU, where
+// no file stands for memory.
+void release_mapped(const void* pointer, size_t bytes);
+
 // Memory that host and device both see, for tests; what a kernel wrote is there once the stream has been waited for.
 // Zeroed where it is large (beyond 64 MiB), and then pages that nobody touches cost nothing.
 void* managed_alloc(size_t bytes);

@@ -24,6 +24,12 @@ void* device_alloc(size_t bytes) {
 
 void device_free(void* pointer, size_t bytes) { munmap(pointer, bytes); }
 
+void release_mapped(const void* pointer, size_t bytes) {
+    constexpr uintptr_t kPage = 4096;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(pointer) + bytes - begin, MADV_DONTNEED);
+}
+
 void* managed_alloc(size_t bytes) {
     void* pointer = calloc(bytes, 1);
     if (!pointer) throw RunFailed("cannot allocate " + std::to_string(bytes) + " bytes of memory");

@@ -21,6 +21,8 @@ void* device_alloc(size_t bytes) {
 
 void device_free(void* pointer, size_t) { cudaFree(pointer); }
 
+void release_mapped(const void*, size_t) {}
+
 void* managed_alloc(size_t bytes) {
     void* pointer = nullptr;
     check_cuda(cudaMallocManaged(&pointer, std::max<size_t>(bytes, 1)), "allocating managed memory");

@@ -154,8 +154,13 @@ json report(const Planner& planner, const Choice& best, int64_t largest) {
     return all;
 }
 
-void row(const std::string& name, double bytes, const std::string& more = "") {
-    printf("  %-26s %12s%s%s\n", name.c_str(), gib(bytes).c_str(), more.empty() ? "" : "   ", more.c_str());
+constexpr size_t kColumns = 100;
+
+// `more` is cut at the last comma that leaves it within the width.
+void row(const std::string& name, double bytes, std::string more = "") {
+    constexpr size_t kTaken = 2 + 26 + 1 + 10 + 3;
+    while (kTaken + more.size() > kColumns && more.rfind(',') != std::string::npos) more.resize(more.rfind(','));
+    printf("  %-26s %10s%s%s\n", name.c_str(), gib(bytes).c_str(), more.empty() ? "" : "   ", more.c_str());
 }
 
 std::string words(std::string key) {
@@ -191,7 +196,7 @@ void print_table(const json& all, const Limits& limits) {
                                                           : "program, libraries, threads");
         else if (key == "total")
             row(key, bytes, limits.device ? "of " + gib(double(limits.device)) : "");
-        else
+        else if (bytes != 0 || key == "communication")
             row(words(key), bytes);
     }
     printf("work space by phase; the peak is the %s\n", text(all["peak_phase"]).c_str());
@@ -204,7 +209,9 @@ void print_table(const json& all, const Limits& limits) {
     }
     printf("host\n");
     for (const auto& [key, bytes] : all["host"].items())
-        if (key == "total")
+        if (key == "outside" && bytes != 0)
+            row(key, bytes, "pinned, for uploads");
+        else if (key == "total")
             row(key, bytes, limits.host ? "of " + gib(double(limits.host)) : "");
         else if (bytes != 0)
             row(words(key), bytes);
@@ -217,7 +224,7 @@ void print_table(const json& all, const Limits& limits) {
     if (time["transfer"] > 0) printf(" beside %s of copies", duration(time["transfer"]).c_str());
     printf(" + %s of update; %.0f tokens/s, %.0f%% of peak\n", duration(time["update"]).c_str(),
            time["tokens_per_second"].get<double>(), time["peak_percent"].get<double>());
-    printf("assumed of %s: matmul %.0f%% and attention %.0f%% of %.2f TFLOP/s, %.0f%% of %.0f GB/s, copies %.1f GB/s\n",
+    printf("assumed of %s: matmul %.0f%%, attention %.0f%% of %.3g TFLOP/s; %.0f%% of %.0f GB/s; copies %.1f GB/s\n",
            text(time["machine"]).c_str(), 100 * time["assumed_matmul"].get<double>(),
            100 * time["assumed_attention"].get<double>(), time["flops"].get<double>() / 1e12,
            100 * time["assumed_bandwidth"].get<double>(), time["bandwidth"].get<double>() / 1e9,

@@ -88,7 +88,8 @@ void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
     arena.place(states, memory.host_states ? 0 : states_bytes(), "optimizer states");
 }
 
-void Tensors::link(char* host) {
+void Tensors::link(char* host_memory) {
+    host = host_memory;
     if (host_states_bytes) states = host;
     if (host_masters_bytes) masters = reinterpret_cast<float*>(host + host_states_bytes);
     auto take = [](auto*& run, int64_t count) { // the next `count` elements of a run that may not be there
@@ -114,6 +115,11 @@ void Tensors::link(char* host) {
             state += round_up(array.bytes, kStateUnit);
         }
     }
+}
+
+void Tensors::leave(const void* part, size_t bytes) const {
+    const char* begin = static_cast<const char*>(part);
+    if (host && begin >= host && begin < host + host_bytes()) release_mapped(begin, bytes);
 }
 
 Header read_header(const MappedFile& file) {
@@ -191,11 +197,14 @@ void WeightsReader::read(const Device& device, Tensor& tensor) {
 }
 
 // Device memory to a file as it is, a piece at a time.
-static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes) {
+static void write_bytes(const Device& device, FileWriter& file, const Tensors& tensors, const void* from,
+                        size_t bytes) {
     std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));
     for (size_t first = 0; first < bytes; first += stage.size()) {
         size_t n = std::min(stage.size(), bytes - first);
-        download(device, stage.data(), static_cast<const char*>(from) + first, n);
+        const char* piece = static_cast<const char*>(from) + first;
+        download(device, stage.data(), piece, n);
+        tensors.leave(piece, n);
         file.write(stage.data(), n);
     }
 }
@@ -205,7 +214,7 @@ FileType weights_type(const Tensors& tensors) { return tensors.float_weights() ?
 void write_weights(const Device& device, FileWriter& file, const Tensors& tensors) {
     const size_t size = element_bytes(weights_type(tensors));
     for (const Tensor& t : tensors.list)
-        write_bytes(device, file, t.master ? static_cast<const void*>(t.master) : t.param, t.count * size);
+        write_bytes(device, file, tensors, t.master ? static_cast<const void*>(t.master) : t.param, t.count * size);
 }
 
 uint64_t weight_bytes(const Tensors& tensors) { return tensors.count() * element_bytes(weights_type(tensors)); }
@@ -221,7 +230,7 @@ void write_state(const Device& device, FileWriter& file, const Tensors& tensors)
     file.write(header.data(), kHeaderBytes);
     for (Tensor t : tensors.list)
         for (const StateArray& array : state_arrays(t, tensors.memory.rule))
-            write_bytes(device, file, *array.pointer, array.bytes);
+            write_bytes(device, file, tensors, *array.pointer, array.bytes);
 }
 
 void read_state(const Device& device, const MappedFile& file, Tensors& tensors) {
@@ -234,6 +243,7 @@ void read_state(const Device& device, const MappedFile& file, Tensors& tensors) 
     for (Tensor& t : tensors.list)
         for (const StateArray& array : state_arrays(t, tensors.memory.rule)) {
             upload(device, *array.pointer, file.at(offset, array.bytes), array.bytes);
+            tensors.leave(*array.pointer, array.bytes);
             offset += array.bytes;
         }
 }

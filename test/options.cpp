@@ -9,6 +9,7 @@
 #include <random>
 #include <regex>
 #include <set>
+#include <sstream>
 
 #include "../kernels/types.h"
 #include "../runtime/errors.h"
@@ -38,6 +39,11 @@ std::string refusal(const Words& words) {
 Words operator+(Words a, const Words& b) {
     a.insert(a.end(), b.begin(), b.end());
     return a;
+}
+
+Words words_of(const std::string& line) {
+    std::istringstream stream(line);
+    return {std::istream_iterator<std::string>(stream), {}};
 }
 
 // The names in an options.toml.
@@ -81,75 +87,17 @@ TEST_CASE("every option reaches its field") {
     want.weight_decay = 0.2, want.beta1 = 0.8, want.beta2 = 0.99, want.eps = 1e-6, want.clip = 0.5, want.skip_z = 4;
     want.max_skips = 6, want.val_every = 9, want.val_tokens = 1000, want.sample_every = 11, want.sample_tokens = 13;
     want.temperature = 0.5, want.top_k = 15, want.save_every = 17, want.keep = 19, want.max_hours = 1.5;
-    Words words = {"--model",
-                   "6,384,6",
-                   "--vocab",
-                   "5000",
-                   "--train",
-                   "a b.bin:2,c.bin",
-                   "--val",
-                   "v*.bin",
-                   "--tokenizer",
-                   "t.bin",
-                   "--prompt-tokens",
-                   "12,55,3",
-                   "--out",
-                   "/nonexistent/run",
-                   "--resume",
-                   "--steps",
-                   "7",
-                   "--seed",
-                   "18446744073709551615",
-                   "--threads",
-                   "3",
-                   "--context",
-                   "64",
-                   "--batch",
-                   "2",
-                   "--tokens-per-step",
-                   "256",
-                   "--lr",
-                   "1e-3",
-                   "--warmup",
-                   "5",
-                   "--schedule",
-                   "wsd",
-                   "--decay-steps",
-                   "4",
-                   "--final-lr",
-                   "0.25",
-                   "--weight-decay",
-                   "0.2",
-                   "--beta1",
-                   "0.8",
-                   "--beta2",
-                   "0.99",
-                   "--eps",
-                   "1e-6",
-                   "--clip",
-                   "0.5",
-                   "--skip-z",
-                   "4",
-                   "--max-skips",
-                   "6",
-                   "--val-every",
-                   "9",
-                   "--val-tokens",
-                   "1000",
-                   "--sample-every",
-                   "11",
-                   "--sample-tokens",
-                   "13",
-                   "--temperature",
-                   "0.5",
-                   "--top-k",
-                   "15",
-                   "--save-every",
-                   "17",
-                   "--keep",
-                   "19",
-                   "--max-hours",
-                   "1.5"};
+    want.recompute = "block", want.chunk = 2048, want.head_group = 3, want.offload = "residual,state";
+    want.memory = "16GiB", want.host_memory = "100GB";
+    const Words words =
+        Words{"--train", "a b.bin:2,c.bin"} +
+        words_of("--model 6,384,6 --vocab 5000 --val v*.bin --tokenizer t.bin --prompt-tokens 12,55,3 --out "
+                 "/nonexistent/run --resume --steps 7 --seed 18446744073709551615 --threads 3 --context 64 "
+                 "--batch 2 --tokens-per-step 256 --lr 1e-3 --warmup 5 --schedule wsd --decay-steps 4 "
+                 "--final-lr 0.25 --weight-decay 0.2 --beta1 0.8 --beta2 0.99 --eps 1e-6 --clip 0.5 --skip-z "
+                 "4 --max-skips 6 --val-every 9 --val-tokens 1000 --sample-every 11 --sample-tokens 13 "
+                 "--temperature 0.5 --top-k 15 --save-every 17 --keep 19 --max-hours 1.5 --recompute block "
+                 "--chunk 2048 --head-group 3 --offload residual,state --memory 16GiB --host-memory 100GB");
     CHECK(parse(words) == want);
 
     Options evaluation;
@@ -211,6 +159,20 @@ TEST_CASE("bad values are refused by name") {
              {{"--threads", "-1"}, "--threads: -1"},
              {{"--schedule", "cosin"}, "--schedule: 'cosin' is not one of cosine, wsd, constant, linear"},
              {{"--eval", "los"}, "--eval: 'los' is not one of loss, sample"},
+             {{"--recompute", "some"}, "--recompute: 'some' is not one of none, block, full"},
+             {{"--chunk", "-1"}, "--chunk: -1 is out of range"},
+             {{"--offload", "states"}, "--offload: 'states' is not one of residual, state, master"},
+             {{"--offload", "state,"}, "--offload: '' is not one of residual, state, master"},
+             {{"--offload", "none,state"}, "--offload: 'none' is not one of residual, state, master"},
+             {{"--memory", "much"}, "--memory: 'much' is not a size such as 16GiB"},
+             {{"--memory", "0"}, "--memory: '0' is not a size"},
+             {{"--memory", "-1GiB"}, "--memory: '-1GiB' is not a size"},
+             {{"--memory", "16Gb"}, "--memory: '16Gb' is not a size"},
+             {{"--host-memory", "16 GiB"}, "--host-memory: '16 GiB' is not a size"},
+             {{"--host-memory", "nan"}, "--host-memory: 'nan' is not a size"},
+             {{"--gpu", "h100"}, "--gpu h100 is for --plan"},
+             {{"--plan", "--gpu", "b100"}, "--gpu: 'b100' is not one of a100-40, "},
+             {{"--plan-for", "cuda"}, "--plan-for cuda is for --plan"},
              {{"--prompt-tokens", "1,,2"}, "--prompt-tokens: ''"},
              {{"--prompt-tokens", "1,-2"}, "--prompt-tokens: -2"},
              {{"--prompt-tokens", "2147483648"}, "--prompt-tokens: 2147483648 is out of range"},
@@ -284,6 +246,11 @@ TEST_CASE("options.toml reads back exactly") {
         if (o.state == "int8" && o.optimizer == "adamw" && random() % 2) o.state_floor = "off";
         if (sizeof(real) == 2 && random() % 2) o.master = "none";
         o.grad = random() % 2 ? "fp32" : "bf16";
+        o.recompute = Words{"", "none", "block", "full"}[random() % 4], o.chunk = int64_t(random() % 5000);
+        o.offload = Words{"", "none", "state", "state,master", "residual"}[random() % 5];
+        if (o.recompute == "none" && o.offload == "residual") o.offload = "none";
+        if (o.recompute != "none") o.head_group = int64_t(random() % 20);
+        o.memory = Words{"", "16GiB", "123456789"}[random() % 3], o.host_memory = Words{"", "1.5TB"}[random() % 2];
 
         const Family& family = i / 4 % 2 ? kPythia : kFamily;
         if (&family == &kFamily) {
@@ -443,8 +410,9 @@ TEST_CASE("what a resume may change") {
         std::string other = item.key == "schedule" ? "wsd" : item.string ? "other" : item.array ? "5" : "0.5";
         if (item.key == "model") other = "124M";
         const std::map<std::string, std::string> choices = {
-            {"positions", "tile"},  {"optimizer", "lion"}, {"state", "int8"}, {"state-embeddings", "int8"},
-            {"state-floor", "off"}, {"master", "none"},    {"grad", "bf16"}};
+            {"positions", "tile"},  {"optimizer", "lion"}, {"state", "int8"},    {"state-embeddings", "int8"},
+            {"state-floor", "off"}, {"master", "none"},    {"grad", "bf16"},     {"recompute", "full"},
+            {"offload", "state"},   {"memory", "8G"},      {"host-memory", "9G"}};
         if (choices.count(item.key)) other = choices.at(item.key);
         if (!item.string && !item.array && was.find('.') == std::string::npos && was.find('e') == std::string::npos)
             other = "127"; // a whole number
@@ -495,12 +463,69 @@ TEST_CASE("options that would do nothing are refused") {
     CHECK((sizeof(real) == 2 ? said == "" : contains(said, "in an fp32 build there are no other weights")));
 }
 
+TEST_CASE("sizes of memory") {
+    const std::pair<const char*, int64_t> sizes[] = {{"16GiB", int64_t(16) << 30},
+                                                     {"16G", int64_t(16) << 30},
+                                                     {"16GB", 16000000000},
+                                                     {"512MiB", 512 << 20},
+                                                     {"1.5KiB", 1536},
+                                                     {"2TB", 2000000000000},
+                                                     {"123456", 123456},
+                                                     {"7B", 7}};
+    for (const auto& [text, bytes] : sizes) CHECK(parse_size(text, "--memory") == bytes);
+}
+
+TEST_CASE("memory options that exclude each other, and what a plan needs") {
+    const std::string none = "--recompute none excludes ";
+    CHECK(contains(refusal(kFresh + Words{"--recompute", "none", "--offload", "state,residual"}),
+                   none + "--offload residual"));
+    CHECK(contains(refusal(kFresh + Words{"--recompute", "none", "--head-group", "2"}), none + "--head-group"));
+    CHECK(refusal(kFresh + Words{"--recompute", "none", "--offload", "state"}) == "");
+
+    const Words tiny = {"--model", "tiny"};
+    CHECK(refusal(tiny + Words{"--plan"}) == "");
+    CHECK(refusal(tiny + Words{"--plan-json", "--gpu", "h100"}) == "");
+    CHECK(contains(refusal({"--plan"}), "give --model NAME"));
+    CHECK(contains(refusal({"--plan", "--init", "w", "--eval", "sample"}), "--plan and --eval exclude each other"));
+    CHECK(contains(refusal(tiny + Words{"--plan", "--gpu", "h100", "--plan-for", "cpu"}),
+                   "--gpu h100 and --plan-for cpu exclude each other"));
+    // A plan for bf16 may leave the master weights out in any build.
+    CHECK(refusal(tiny + Words{"--plan", "--gpu", "h100", "--master", "none"}) == "");
+    CHECK((refusal(tiny + Words{"--plan", "--plan-for", "cpu", "--master", "none"}) == "") == (sizeof(real) == 2));
+}
+
+TEST_CASE("a resume keeps what was chosen of its memory, until another of its options says more") {
+    ScratchFolder folder;
+    const std::string out = folder / "run";
+    Options o = parse(kFresh);
+    o.memory = "16GiB", o.recompute = "block", o.chunk = 4096, o.head_group = 2, o.offload = "residual";
+    std::filesystem::create_directories(out + "/step_00000001");
+    put_file(out + "/options.toml", options_toml(o, kFamily));
+    auto resumed = [&](const Words& words) { return parse(Words{"--resume", "--out", out} + words); };
+    CHECK(resumed({}).chunk == 4096);
+    CHECK(resumed({"--memory", "16GiB", "--lr", "1"}).offload == "residual"); // no change of what counts
+    for (const Words& change : {Words{"--memory", "8GiB"}, Words{"--host-memory", "8GiB"}, Words{"--batch", "2"}}) {
+        const Options open = resumed(change);
+        CHECK(open.recompute == "");
+        CHECK(open.chunk == 0);
+        CHECK(open.head_group == 0);
+        CHECK(open.offload == "");
+    }
+    const Options kept = resumed({"--recompute", "none", "--chunk", "64"});
+    CHECK(kept.recompute == "none");
+    CHECK(kept.chunk == 64);
+    CHECK(kept.head_group == 0);
+    CHECK(kept.offload == "");
+    CHECK(kept.memory == "16GiB");
+}
+
 TEST_CASE("--help names what exists, all of it, and nothing else") {
     for (const Family& family : {kFamily, kPythia}) {
         std::string help = options_help(family);
         Words named = keys(options_toml(Options(), family));
-        for (const char* name : {"out", "resume", "eval", "config", "help"}) named.push_back(name);
-        CHECK(named.size() == (family.name == "GPT-2" ? 46 : 50));
+        for (const char* name : {"out", "resume", "eval", "config", "help", "plan", "plan-json", "plan-for", "gpu"})
+            named.push_back(name);
+        CHECK(named.size() == (family.name == "GPT-2" ? 56 : 60));
         for (const std::string& name : named) {
             CAPTURE(name);
             CHECK(std::regex_search(help, std::regex("\n[* ] --" + name + "( |\n)")));
@@ -514,6 +539,7 @@ TEST_CASE("--help names what exists, all of it, and nothing else") {
     std::string help = options_help(kFamily);
     CHECK(contains(help, "124M, 355M, tiny"));
     CHECK(contains(help, "Exit codes: 0 done; 1 "));
+    CHECK(contains(help, "a100-80,"));
     CHECK(contains(help, "[0.95]"));
 
     ScratchFolder folder;
