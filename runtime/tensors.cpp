@@ -88,8 +88,7 @@ void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
     arena.place(states, memory.host_states ? 0 : states_bytes(), "optimizer states");
 }
 
-void Tensors::link(char* host_memory) {
-    host = host_memory;
+void Tensors::link(char* host) {
     if (host_states_bytes) states = host;
     if (host_masters_bytes) masters = reinterpret_cast<float*>(host + host_states_bytes);
     auto take = [](auto*& run, int64_t count) { // the next `count` elements of a run that may not be there
@@ -102,6 +101,7 @@ void Tensors::link(char* host_memory) {
     bf16* grad_bf16 = grads_bf16;
     char* state = states;
     for (Tensor& t : list) {
+        t.master_waits = host_masters_bytes > 0, t.states_wait = host_states_bytes > 0;
         t.param = take(param, t.count);
         t.master = take(master, t.count);
         if (memory.bf16_grads && t.layers)
@@ -117,11 +117,6 @@ void Tensors::link(char* host_memory) {
     }
 }
 
-void Tensors::leave(const void* part, size_t bytes) const {
-    const char* begin = static_cast<const char*>(part);
-    if (host && begin >= host && begin < host + host_bytes()) release_mapped(begin, bytes);
-}
-
 Header read_header(const MappedFile& file) {
     Header header;
     memcpy(header.data(), file.at(0, kHeaderBytes), kHeaderBytes);
@@ -134,6 +129,7 @@ static void set_weights(const Device& device, Tensor& tensor, int64_t first, con
     for (int64_t i = 0; i < count; i++) assign(rounded[i], values[i]);
     upload(device, tensor.param + first, rounded.data(), count * sizeof(real));
     if (tensor.master) upload(device, tensor.master + first, values, count * sizeof(float));
+    if (tensor.master_waits) release_mapped(tensor.master + first, count * sizeof(float));
 }
 
 FileType file_type(const MappedFile& file, const Header& header) {
@@ -196,15 +192,14 @@ void WeightsReader::read(const Device& device, Tensor& tensor) {
     }
 }
 
-// Device memory to a file as it is, a piece at a time.
-static void write_bytes(const Device& device, FileWriter& file, const Tensors& tensors, const void* from,
-                        size_t bytes) {
+// Memory to a file as it is, a piece at a time. What `waits` on the host leaves no pages in the process.
+static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes, bool waits) {
     std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));
     for (size_t first = 0; first < bytes; first += stage.size()) {
         size_t n = std::min(stage.size(), bytes - first);
         const char* piece = static_cast<const char*>(from) + first;
         download(device, stage.data(), piece, n);
-        tensors.leave(piece, n);
+        if (waits) release_mapped(piece, n);
         file.write(stage.data(), n);
     }
 }
@@ -214,7 +209,8 @@ FileType weights_type(const Tensors& tensors) { return tensors.float_weights() ?
 void write_weights(const Device& device, FileWriter& file, const Tensors& tensors) {
     const size_t size = element_bytes(weights_type(tensors));
     for (const Tensor& t : tensors.list)
-        write_bytes(device, file, tensors, t.master ? static_cast<const void*>(t.master) : t.param, t.count * size);
+        write_bytes(device, file, t.master ? static_cast<const void*>(t.master) : t.param, t.count * size,
+                    t.master_waits);
 }
 
 uint64_t weight_bytes(const Tensors& tensors) { return tensors.count() * element_bytes(weights_type(tensors)); }
@@ -230,7 +226,7 @@ void write_state(const Device& device, FileWriter& file, const Tensors& tensors)
     file.write(header.data(), kHeaderBytes);
     for (Tensor t : tensors.list)
         for (const StateArray& array : state_arrays(t, tensors.memory.rule))
-            write_bytes(device, file, tensors, *array.pointer, array.bytes);
+            write_bytes(device, file, *array.pointer, array.bytes, t.states_wait);
 }
 
 void read_state(const Device& device, const MappedFile& file, Tensors& tensors) {
@@ -243,7 +239,7 @@ void read_state(const Device& device, const MappedFile& file, Tensors& tensors) 
     for (Tensor& t : tensors.list)
         for (const StateArray& array : state_arrays(t, tensors.memory.rule)) {
             upload(device, *array.pointer, file.at(offset, array.bytes), array.bytes);
-            tensors.leave(*array.pointer, array.bytes);
+            if (t.states_wait) release_mapped(*array.pointer, array.bytes);
             offset += array.bytes;
         }
 }

@@ -36,6 +36,7 @@ struct Tensor {
     bf16* grad_bf16 = nullptr; // (count), to which a layer's part is added from
     float* staged = nullptr;   // (layer_count()), all zero between two layers
     States states{StateType::fp32, nullptr, nullptr}; // in training
+    bool master_waits = false, states_wait = false;   // on the host
 
     bool decay() const { return kind != TensorKind::vector; }
     int64_t layer_count() const { return layers ? count / layers : count; }
@@ -52,7 +53,6 @@ struct Tensors {
     // Elements in each run; a tensor begins at a multiple of 64, the gaps stay 0. Gradients are in one of two runs.
     int64_t padded = 0, grads_padded = 0, grads_bf16_padded = 0;
     size_t host_states_bytes = 0, host_masters_bytes = 0;
-    char* host = nullptr; // memory of what waits on the host
 
     void add(const std::string& name, TensorKind kind, int64_t count);
     void add_layers(const std::string& name, TensorKind kind, int64_t layers, int64_t layer_count);
@@ -60,9 +60,6 @@ struct Tensors {
     // host_bytes() of host memory.
     void place(Arena& arena, bool training, const TrainingMemory& memory);
     void link(char* host);
-    // After files have been read into or written from `bytes` at a part's memory: where that is disk, as in the cpu
-    // build, its pages count as the process's no longer.
-    void leave(const void* part, size_t bytes) const;
     int64_t count() const; // parameters
     size_t host_bytes() const { return host_states_bytes + host_masters_bytes; }
     bool float_weights() const { return sizeof(real) == sizeof(float) || masters; }

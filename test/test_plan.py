@@ -139,7 +139,7 @@ RUNS = {
 LONG_RUNS = {
     "124M": ("train_gpt2", "fp32", {"model": "124M", "vocab": 50257, "context": 1024}),
     "124M-bf16": ("train_gpt2", "bf16", {"model": "124M", "vocab": 50257, "context": 1024, "offload": "master,state", "recompute": "block"}),
-    "long-full": ("train_gpt2", "fp32", {"model": "8,256,4", "context": 32768, "recompute": "full", "chunk": 2048,
+    "long-full": ("train_gpt2", "fp32", {"model": "6,256,4", "context": 16384, "recompute": "full", "chunk": 2048,
                                          "head_group": 1, "offload": "residual"}),
 }
 CASES = [pytest.param(run, id=name) for name, run in RUNS.items()] + [
