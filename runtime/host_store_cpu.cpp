@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <filesystem>
 
 #include "errors.h"
 #include "files.h"
@@ -36,8 +35,6 @@ template <class Copy> static void in_pieces(size_t bytes, Copy copy) {
 
 HostStore::HostStore(const Device& device, const std::string& folder, size_t bytes) : device_(device), bytes_(bytes) {
     if (!bytes) return;
-    std::error_code refused;                              // of which the file says more
-    std::filesystem::create_directories(folder, refused); // a run's, which is made only when the run begins
     try {
         memory_.reset(new Memory{{folder, bytes}});
     } catch (const RunFailed& refused) {
