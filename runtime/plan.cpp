@@ -4,11 +4,12 @@
 #include <cmath>
 #include <cstdio>
 
+#include "../kernels/matmul.h"
 #include "errors.h"
 #include "gpus.h"
 
-// Beside the arena a GPU holds the CUDA context with its kernels, the step's graph and what the driver keeps; and the
-// work space that cuBLASLt is given at opening. Uploads go through pinned memory (device_cuda.cpp).
+// Beside the arena and cuBLASLt's work space a GPU holds the CUDA context with its kernels, the step's graph and what
+// the driver keeps. Uploads go through pinned memory (device_cuda.cpp).
 constexpr int64_t kContextBytes = int64_t(1) << 30, kStagingBytes = 2 << 20;
 
 // Beside the arena the cpu build has resident: the program with its libraries (14 MiB), oneDNN's kernels, made for each
@@ -49,14 +50,16 @@ static Machine plan_machine(const Options& options, const Target& target) {
 
 static Limits plan_limits(const Options& options, const Target& target) {
     Limits limits{};
+    const Gpu* gpu = find_gpu(options.gpu.c_str());
+    const size_t workspace = gpu ? matmul_workspace(target, gpu->capability) : matmul_workspace(target);
     limits.device_outside =
-        target.cuda ? kContextBytes + int64_t(matmul_workspace(target)) : kProgramBytes + target.threads * kThreadBytes;
+        static_cast<int64_t>(workspace) + (target.cuda ? kContextBytes : kProgramBytes + target.threads * kThreadBytes);
     limits.host_outside = target.cuda ? kStagingBytes : 0;
     if (!options.host_memory.empty()) limits.host = parse_size(options.host_memory, "--host-memory");
     if (!options.memory.empty())
         limits.device = parse_size(options.memory, "--memory");
-    else if (!options.gpu.empty())
-        limits.device = static_cast<int64_t>(find_gpu(options.gpu.c_str())->memory);
+    else if (gpu)
+        limits.device = static_cast<int64_t>(gpu->memory);
     else if (target.cuda == this_target().cuda)
         limits.device = static_cast<int64_t>(available_bytes());
     return limits;

@@ -160,6 +160,19 @@ TEST_CASE("with memory to spare nothing is recomputed, cut or moved") {
     }
 }
 
+TEST_CASE("copies count where they take longer than the work beside them") {
+    const Words narrow = {"--model", "24,64,1", "--vocab",  "100",   "--context",   "256",
+                          "--batch", "64",      "--memory", "16GiB", "--recompute", "block"};
+    const Choice here = Plan(kGpt2, narrow + kAlone).best;
+    const Choice moved = Plan(kGpt2, narrow + Words{"--offload", "residual"}).best;
+    CHECK(here.transfer == 0);
+    CHECK(moved.compute == here.compute);
+    CHECK(moved.transfer > moved.compute);
+    CHECK(moved.seconds == moved.transfer + moved.update);
+    CHECK(here.seconds == here.compute + here.update);
+    CHECK(Plan(kGpt2, narrow).chosen().offload == "none");
+}
+
 TEST_CASE("what the user says is kept") {
     const Words tight = k124M + context(100000) + memory("16GiB");
     CHECK(Plan(kGpt2, tight + Words{"--recompute", "full"}).chosen().recompute == "full");

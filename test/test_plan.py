@@ -129,7 +129,7 @@ RUNS = {
     "none": ("train_gpt2", "fp32", {"model": "4,256,4", "context": 4096}),
     "block-chunked-int8": ("train_pythia", "fp32", {"model": "4,512,8", "vocab": 16384, "context": 2048, "state": "int8",
                                                     "recompute": "block", "chunk": 1024}),
-    "full-groups": ("train_gpt2", "fp32", {"model": "4,512,8", "vocab": 8192, "context": 3072, "recompute": "full",
+    "full-groups": ("train_gpt2", "fp32", {"model": "4,512,8", "vocab": 16384, "context": 1536, "recompute": "full",
                                            "head_group": 2, "chunk": 1024}),
     "offload-residual": ("train_gpt2", "fp32", {"model": "6,512,8", "vocab": 8192, "context": 2048, "recompute": "block",
                                                 "offload": "residual"}),
