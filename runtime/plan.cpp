@@ -22,6 +22,8 @@ constexpr int64_t kProgramBytes = int64_t(32) << 20, kThreadBytes = 2 << 20;
 constexpr int64_t kSmallestChunk = 1024;
 // Estimates are not better than this: within it the simpler choice wins.
 constexpr double kSameTime = 1.01;
+// Pinned host memory, or a disk, is taken of others: only where that saves a tenth of the time.
+constexpr double kHostPrice = 1.1;
 
 Target plan_target(const Options& options) {
     Target target = this_target();
@@ -95,6 +97,8 @@ std::vector<Options> Planner::candidates(int64_t T, bool extremes) const {
         offloads.push_back("residual,state");
     if (!options_.recompute.empty()) ways = {options_.recompute};
     if (!options_.offload.empty()) offloads = {options_.offload};
+    const bool training = options_.eval.empty();
+    if (!training) ways = {"none"}, offloads = {"none"}; // of nothing that is kept
 
     std::vector<Options> all;
     Options o = options_;
@@ -104,9 +108,10 @@ std::vector<Options> Planner::candidates(int64_t T, bool extremes) const {
             for (int64_t group : groups)
                 for (int64_t chunk : chunks) {
                     o.offload = offload, o.recompute = recompute, o.chunk = chunk;
-                    o.head_group = recompute == "none" ? 0 : group;
-                    if (recompute == "none" && (waits_on_host(o, "residual") || options_.head_group)) continue;
-                    if (recompute == "none" && group != groups[0]) continue;
+                    const bool keeps_all = training && recompute == "none";
+                    o.head_group = keeps_all ? 0 : group;
+                    if (keeps_all && (waits_on_host(o, "residual") || options_.head_group)) continue;
+                    if (keeps_all && group != groups[0]) continue;
                     all.push_back(o);
                 }
     return all;
@@ -153,10 +158,11 @@ Choice Planner::choose() const {
             nearest = choice;
     }
     if (fitting.empty()) return nearest;
+    auto seconds = [](const Choice& choice) { return choice.seconds * (choice.host ? kHostPrice : 1); };
     double least = INFINITY;
-    for (const Choice& choice : fitting) least = std::min(least, choice.seconds);
+    for (const Choice& choice : fitting) least = std::min(least, seconds(choice));
     return *std::find_if(fitting.begin(), fitting.end(),
-                         [&](const Choice& choice) { return choice.seconds <= kSameTime * least; });
+                         [&](const Choice& choice) { return seconds(choice) <= kSameTime * least; });
 }
 
 bool Planner::fits(int64_t T) const {
@@ -226,7 +232,6 @@ static std::string note(const Planner& planner, const Choice& chosen) {
 }
 
 bool plan_memory(Options& options, const MakeModel& make) {
-    if (!options.eval.empty()) return false;
     Planner planner(options, make);
     Choice best = planner.choose();
     const bool report = options.plan || options.plan_json;

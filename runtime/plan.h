@@ -5,7 +5,8 @@
 //   --recompute none, block, full;  --chunk all tokens, then powers of two down to 1024;
 //   --head-group all heads, half of them, … one;  --offload nothing or any of residual, state, master
 // what fits and takes the least time by the model's costs and a machine's ceilings; of what takes nearly the same time,
-// the simplest: nothing on the host before anything, everything kept before recomputing, one piece before many.
+// the simplest: nothing on the host before anything, everything kept before recomputing, one piece before many. Host
+// memory, or a disk, is taken only where that saves a tenth of the time.
 #pragma once
 #include <functional>
 #include <memory>
@@ -20,7 +21,8 @@ using MakeModel = std::function<std::unique_ptr<Transformer>(const Device&, cons
 
 // Fills in what `options` leaves open of --recompute, --chunk, --head-group and --offload, and options.planned. With
 // --plan or --plan-json prints the plan and returns true: there is nothing more to do. Throws
-// Failure(kPlanDoesNotFit) where nothing fits, which names the largest context that would. Evaluation is not planned.
+// Failure(kPlanDoesNotFit) where nothing fits, which names the largest context that would. Evaluation keeps
+// nothing, and leaves chunks and head groups to choose.
 bool plan_memory(Options& options, const MakeModel& make);
 
 // What options plan for: with --plan and --gpu or --memory a cuda build, --plan-for as it says, else this build.

@@ -181,9 +181,10 @@ struct Crowd {
             const int64_t head = kKeys * shape.D;
             return Heads<real>{x, shape.H * head, shape.D, head};
         };
-        // Where dQ may be summed in any order, the last queries' sums are here.
-        const size_t bytes = attention_backward_scratch(shape), sums = kTail * shape.D * sizeof(float);
-        memset(scratch.data() + bytes - sums, 0xff, sums);
+        // Full of NaN; in the simulator only where the last queries' sums for dQ are, if it is summed in any order.
+        const size_t bytes = attention_backward_scratch(shape);
+        const size_t poisoned = kSimulated ? kTail * shape.D * sizeof(float) : bytes;
+        memset(scratch.data() + bytes - poisoned, 0xff, poisoned);
         attention_backward(nullptr, heads(dq.data()), of_heads(dk), of_heads(dv), view(dout.data()), view(q.data()),
                            view(k.data()), view(v.data()), view(o.data()), lse.data(), near.scale, scratch.data(),
                            shape);

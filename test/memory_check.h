@@ -81,6 +81,7 @@ inline void check_memory_options(const Make& make, golden::Config c) {
             for (Recompute recompute : {Recompute::none, Recompute::block, Recompute::full})
                 for (bool offload : {false, true}) {
                     if (recompute == Recompute::none && (offload || group)) continue;
+                    if (check::kSimulated && offload != (recompute == Recompute::full)) continue;
                     CAPTURE(chunk);
                     CAPTURE(group);
                     CAPTURE(int(recompute));
