@@ -242,10 +242,13 @@ void Gpt2::backward(int64_t B) {
     for (int64_t l = L_ - 1; l >= 0; l--) {
         enter_backward(l);
         if (!keeps_attention()) {
+            begin(kAttentionBackward);
             attention(l, B, 0, T_, Pass::training);
             forget_ln1(); // the MLP's work space may lie where it is
         }
+        begin(kMlpBackward);
         mlp_backward(l, B * T_);
+        begin(kAttentionBackward);
         attention_gradients(l, B);
         leave_backward(l);
     }

@@ -59,7 +59,7 @@ void attention_merge(Stream stream, Heads<float> o, float* lse, Heads<const floa
 
 // dq (B,Tq,H,D) `=`, dk and dv (B,Tk,H,D) `=`. dout, o (B,Tq,H,D), lse (B,H,Tq) of the whole rows. No aliasing, except
 // that dout may alias nothing and dq, dk, dv may interleave in one packed tensor.
-// scratch: attention_backward_scratch(shape) bytes, 64-byte aligned.
+// scratch: attention_backward_scratch(shape) bytes, 64-byte aligned; as much serves fewer sequences and heads, too.
 void attention_backward(Stream stream, Heads<real> dq, Heads<real> dk, Heads<real> dv, Heads<const real> dout,
                         Heads<const real> q, Heads<const real> k, Heads<const real> v, Heads<const real> o,
                         const float* lse, float scale, void* scratch, const AttentionShape& shape);

@@ -20,7 +20,13 @@ size_t attention_backward_scratch(const AttentionShape& shape, const Target& tar
         return std::max(plain::backward_scratch(shape), flash ? flash::backward_scratch(shape) : 0);
     }
     using namespace scratch::attention;
-    const int64_t heads = threads_share_heads(shape, target.threads) ? 1 : target.threads;
+    // Threads that share these heads may take one each of fewer: of a smaller batch, or of the last group.
+    bool share = true;
+    AttentionShape fewer = shape;
+    fewer.B = 1;
+    for (fewer.H = 1; fewer.H <= std::min(shape.B * shape.H, target.threads); fewer.H++)
+        share &= threads_share_heads(fewer, target.threads);
+    const int64_t heads = share ? 1 : target.threads;
     return (target.threads * backward_floats(shape.D) + heads * head_floats(shape)) * sizeof(float);
 }
 

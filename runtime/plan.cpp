@@ -210,7 +210,7 @@ static std::string refusal(const Planner& planner, const Choice& best, int64_t l
                 " more than --host-memory";
     return line + "; " +
            (largest ? "the largest context that fits is " + std::to_string(largest)
-                    : std::string("no context fits, the weights and their optimizer alone are too large"));
+                    : std::string("no context fits: what does not grow with it is too large already"));
 }
 
 // For a run that is not as plain as it could be.

@@ -210,6 +210,7 @@ void Transformer::losses(int64_t N, double factor, bool gradients) {
     Stream s = device_.stream;
     Matmul* mm = device_.matmul;
     const real *weights = w(anatomy_.unembedding), *gain = w(anatomy_.lnfw), *bias = w(anatomy_.lnfw + 1);
+    begin(kLosses);
     if (gradients) fill_zero(device_, d_.x, N * C_ * sizeof(real));
     for_chunks(N, [&](int64_t n, int64_t K) {
         if (lnf_.tokens < N_)
@@ -312,6 +313,7 @@ void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int6
     draws_++;
     residuals_.finish();
     training_step_.run(device_, {double(B), factor}, [&] {
+        begin(kForward);
         forward(B, 0, T_, Pass::training);
         losses(B * T_, factor, true);
         backward(B);
@@ -323,6 +325,7 @@ void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
     evaluation_.run(device_, {double(B), factor}, [&] {
+        begin(kForward);
         forward(B, 0, T_, Pass::evaluation);
         losses(B * T_, factor, false);
     });
@@ -330,7 +333,9 @@ void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_
 
 void Transformer::next_logits(const int32_t* tokens, int64_t start, int64_t n, float* logits) {
     upload(device_, tokens_, tokens, n * sizeof(int32_t));
+    begin(kForward);
     forward(1, start, n, Pass::sampling);
+    begin(kLosses);
     matmul_forward(device_.matmul, logits_, nullptr, lnf_.at(0, n - 1), w(anatomy_.unembedding), nullptr, 1, C_, Vp_);
     std::vector<real> row(V_);
     download(device_, row.data(), logits_, V_ * sizeof(real));
@@ -361,6 +366,7 @@ void Transformer::leave_backward(int64_t l) {
 }
 
 void Transformer::measure_gradients(double clip) {
+    begin(kUpdate);
     global_norm(device_.stream, norms_, params_.grads, scratch_, params_.grads_padded);
     global_norm(device_.stream, norms_ + 1, params_.grads_bf16, scratch_, params_.grads_bf16_padded);
     combine_norms(device_.stream, norm_, norms_, 2);

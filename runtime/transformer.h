@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -114,6 +115,9 @@ public:
     size_t host_bytes() const { return residuals_.host_bytes() + params_.host_bytes(); }
     const Setup& setup() const { return setup_; }
     int64_t heads() const { return H_; }
+    // For tests: told of every phase that begins, so that they may spoil all that it does not find there by the arena's
+    // word.
+    std::function<void(Phases)> watch;
     // Of a micro-batch of B sequences; of the update.
     virtual Work work(int64_t B) const = 0;
     Work update_work() const;
@@ -137,6 +141,9 @@ protected:
     virtual void backward(int64_t B) = 0;
     virtual Header header() const = 0;
 
+    void begin(Phases phase) const {
+        if (watch) watch(phase);
+    }
     // The blocks' first LayerNorm, which the block before made on its way where all tokens of it have a place.
     void forget_ln1() { ln1_layer_ = -1; }
     const real* ln1(int64_t l, int64_t n, int64_t K);                     // of tokens n … n+K

@@ -104,6 +104,17 @@ TEST_CASE("scratch for a target is the same in every build and on any number of 
     });
 }
 
+TEST_CASE("scratch of attention serves fewer sequences and heads") {
+    for (const Target& target : {kCuda, kCudaFp32, cpu(1), cpu(2), cpu(5), cpu(8), cpu(24)})
+        for (int64_t T : {1, 96, 97, 192, 1000, 65536})
+            for (int64_t heads = 2; heads <= 40; heads++) {
+                const size_t bytes = attention_backward_scratch(square(1, T, heads, 64), target);
+                if (bytes < attention_backward_scratch(square(1, T, heads - 1, 64), target) ||
+                    bytes > attention_backward_scratch(square(2, T, heads, 64), target))
+                    FAIL_CHECK("T ", T, ", heads ", heads, ", threads ", target.threads);
+            }
+}
+
 TEST_CASE("a head dim without a kernel is refused for every target") {
     for (Target target : {kCuda, kCudaFp32, cpu(1)}) {
         CHECK_THROWS_AS(attention_forward_scratch(square(1, 4, 1, 48), target), std::invalid_argument);
