@@ -47,10 +47,6 @@ Header make_header(int32_t magic, const ModelSizes& s, FileType type) {
     return header;
 }
 
-static bool offloads(const Options& options, const std::string& what) {
-    return ("," + options.offload + ",").find("," + what + ",") != std::string::npos;
-}
-
 static TrainingMemory training_memory(const Options& options) {
     TrainingMemory memory;
     if (options.optimizer == "lion") memory.rule = Rule::lion;
@@ -58,8 +54,8 @@ static TrainingMemory training_memory(const Options& options) {
     memory.int8_embeddings = options.state_embeddings == "int8";
     memory.master = options.master == "fp32";
     memory.bf16_grads = options.grad == "bf16";
-    memory.host_states = offloads(options, "state");
-    memory.host_master = offloads(options, "master");
+    memory.host_states = waits_on_host(options, "state");
+    memory.host_master = waits_on_host(options, "master");
     memory.seed = options.seed;
     return memory;
 }
@@ -70,7 +66,7 @@ static ActivationMemory activation_memory(const Options& options) {
         memory.recompute = options.recompute == "block" ? Recompute::block : Recompute::full;
     memory.chunk = options.chunk;
     memory.head_group = options.head_group;
-    memory.offload = offloads(options, "residual");
+    memory.offload = waits_on_host(options, "residual");
     return memory;
 }
 
@@ -293,7 +289,7 @@ Work Transformer::blocks_work(int64_t B, Cost rotary_forward, Cost rotary_backwa
         if (!keeps_attention()) {
             block.matmul = block.matmul + qkv;
             block.attention = block.attention + scores;
-            block.other = block.other + rotary_forward + first_norms;
+            block.other = block.other + rotary_forward + (K_ < N_ ? first_norms : norm);
         }
     }
     Work all{double(L_) * block.matmul, double(L_) * block.attention, double(L_) * block.other};
