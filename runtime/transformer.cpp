@@ -79,7 +79,8 @@ Setup make_setup(const Options& options, int64_t T) {
     setup.cached_rows = std::min(setup.cached_rows, T);
     setup.weights = training_memory(options);
     setup.activations = activation_memory(options);
-    // --out is made when the run begins, and what waits on the host is no file of the run: any folder of that disk will do.
+    // --out is made when the run begins, and what waits on the host is no file of the run: any folder of that disk will
+    // do.
     std::filesystem::path folder = std::filesystem::absolute(options.out.empty() ? "." : options.out);
     while (!std::filesystem::is_directory(folder) && folder != folder.parent_path()) folder = folder.parent_path();
     setup.folder = folder.string();

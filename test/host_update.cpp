@@ -67,7 +67,8 @@ std::string updated(const Device& device, const TrainingMemory& memory) {
     write_weights(device, writer, tensors);
     write_state(device, writer, tensors);
     writer.close();
-    return get_file(folder / "state") + std::string(reinterpret_cast<char*>(params.data()), params.size() * sizeof(real));
+    return get_file(folder / "state") +
+           std::string(reinterpret_cast<char*>(params.data()), params.size() * sizeof(real));
 }
 
 } // namespace
