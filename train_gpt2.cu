@@ -8,8 +8,8 @@
 //
 // then lnf and the unembedding, which is the token embedding wte again.
 //
-// B sequences of T tokens, N = B·T; C channels, H heads of D = C/H; V tokens, padded to Vp; K tokens a classifier
-// chunk.
+// B sequences of T tokens, N = B·T; C channels, H heads of D = C/H; V tokens, padded to Vp; K tokens a chunk, G
+// heads a group.
 
 #include <algorithm>
 #include <cmath>

@@ -9,7 +9,8 @@
 //
 // or, in models without the parallel residual, one after the other as in GPT-2.
 //
-// B sequences of T tokens, N = B·T; C channels, H heads of D = C/H; V tokens, padded to Vp.
+// B sequences of T tokens, N = B·T; C channels, H heads of D = C/H; V tokens, padded to Vp; K tokens a chunk, G
+// heads a group.
 
 #include <algorithm>
 #include <bit>

@@ -290,7 +290,7 @@ Work Transformer::blocks_work(int64_t B, Cost rotary_forward, Cost rotary_backwa
         if (!keeps_attention()) {
             block.matmul = block.matmul + qkv;
             block.attention = block.attention + scores;
-            block.other = block.other + rotary_forward + first_norms;
+            block.other = block.other + rotary_forward + (K_ < N_ ? first_norms : norm);
         }
     }
     Work all{double(L_) * block.matmul, double(L_) * block.attention, double(L_) * block.other};

@@ -132,9 +132,8 @@ protected:
     Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Anatomy& anatomy,
                 const Setup& setup);
 
-    // tokens_ to the last block's output. `start` is the position of the
-    // first token, which in sampling continues a sequence: attention then finds the keys and values of those before in
-    // the cache.
+    // tokens_ to the last block's output. `start` is the position of the first token, which in sampling continues a
+    // sequence: attention then finds the keys and values of those before in the cache.
     virtual void forward(int64_t B, int64_t start, int64_t T, Pass pass) = 0;
     // d_.x, the gradient of the last block's output, to the gradients of all parameters but the unembedding's product
     // and the last LayerNorm.
@@ -211,7 +210,7 @@ private:
     Statistics mean1_, rstd1_, meanf_, rstdf_;
     int64_t ln1_layer_ = -1;     // of which ln1_ holds all tokens; -1: of none
     int32_t* targets_ = nullptr; // (N)
-    real* logits_ = nullptr;     // (classifier chunk,Vp)
+    real* logits_ = nullptr;     // (logits_rows(),Vp)
     float* losses_ = nullptr;    // (N)
     double* loss_ = nullptr;
     float *norm_ = nullptr, *norms_ = nullptr, *scale_ = nullptr; // norms_ (2): of float and of bf16 gradients

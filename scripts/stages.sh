@@ -22,6 +22,7 @@ stages_to() {
 }
 
 # Refuses what is no list of stages; without one it is what CONTEXT gives. CONTEXT becomes that of the last stage.
+# Refuses a step, else one sequence of the last stage, that is no whole number of sequences of each stage.
 check_stages() {
     local stage before=0 me
     me=$(basename "$0")
@@ -38,6 +39,14 @@ check_stages() {
         before=${stage%:*}
     done
     CONTEXT=$before
+    TOKENS_PER_STEP=${TOKENS_PER_STEP:-$CONTEXT}
+    for stage in $STAGES; do
+        if ((TOKENS_PER_STEP % ${stage%:*})); then
+            echo "$me: a step of $TOKENS_PER_STEP tokens is no whole number of ${stage%:*}; give another" \
+                "TOKENS_PER_STEP, CONTEXT or STAGES" >&2
+            exit 2
+        fi
+    done
 }
 
 # From the pretrained model to the last stage's. $1: its name on the hub, $2: the trainer. POSITIONS are the options of
@@ -45,7 +54,6 @@ check_stages() {
 run_stages() {
     local stage context from
     check_stages
-    TOKENS_PER_STEP=${TOKENS_PER_STEP:-$CONTEXT}
     VAL_TOKENS=${VAL_TOKENS:-$((CONTEXT > 524288 ? CONTEXT : 524288))}
     # Books: few documents of the Pile are longer than the first stage.
     CORPUS=${CORPUS:-pg19}

@@ -94,6 +94,10 @@ def test_stages_are_checked(stand_ins):
     for context in ("1M", "0", "8192 ", "x"):
         says = stand_ins.start("million_1.4b_40GB.sh", 2, CONTEXT=context)
         assert f"million_1.4b_40GB.sh: CONTEXT '{context}' is not" in says and says.count("\n") == 1
+    for settings in ({"CONTEXT": "100000"}, {"STAGES": "3000:1 8192:1"}, {"TOKENS_PER_STEP": "1000"}):
+        says = stand_ins.start("million_124M_16GB.sh", 2, **settings)
+        assert "is no whole number of" in says and says.count("\n") == 1
+        assert not stand_ins.calls()
     for recipe in TARGETS:
         commands = called(stand_ins.start(recipe, DRY="1", STAGES="4096:7 65536:2"), "--resume")
         assert [(value(c, "--context"), value(c, "--steps")) for c in commands] == [("4096", "7"), ("65536", "2")]

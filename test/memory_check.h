@@ -14,8 +14,8 @@ struct Outcome {
     std::vector<float> logits; // of the last tokens, through the cache
 };
 
-// As each phase of a step begins, all memory but what lasts from the one before becomes NaN, and what the phase does not
-// have loses its address, so that nothing is right by the luck of a layout. Only where the host may write there.
+// As each phase of a step begins, all memory but what lasts from the one before becomes NaN, and what the phase does
+// not have loses its address, so that nothing is right by the luck of a layout. Only where the host may write there.
 inline void spoil_between_phases(Transformer& model) {
     if (!device_is_host()) return;
     constexpr size_t kUnit = 256; // of the arena's places
