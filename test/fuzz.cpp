@@ -20,6 +20,7 @@
 #include "../kernels/matmul.h"
 #include "../kernels/rotary.h"
 #include "../runtime/errors.h"
+#include "../runtime/plan.h"
 #include "../runtime/random.h"
 #include "../runtime/rope.h"
 #include "../runtime/transformer.h"
@@ -64,7 +65,7 @@ size_t allowed_bytes(size_t file_bytes) { return (size_t(4) << 20) + 256 * file_
 constexpr int kHangSeconds = 120; // a whole target takes a few
 
 // A file format under attack. Each has its own TEST_CASE below, which makes a good file and a read() that judges.
-struct Target {
+struct Victim {
     const char* name;
     std::string whole; // a good file
     int header_ints;   // int32 at its beginning to be attacked one by one
@@ -159,7 +160,7 @@ struct Tally {
 };
 
 // Reads one variant; false with a message if anything but the right reading or a Failure came of it.
-bool survives(const Target& target, const std::string& bytes, const std::string& which, Tally& tally) {
+bool survives(const Victim& target, const std::string& bytes, const std::string& which, Tally& tally) {
     std::string wrong;
     bytes_requested = 0;
     try {
@@ -178,7 +179,7 @@ bool survives(const Target& target, const std::string& bytes, const std::string&
     return wrong.empty();
 }
 
-void attack(const Target& target) {
+void attack(const Victim& target) {
     alarm(kHangSeconds); // a hang ends the program by SIGALRM
     Tally tally;
     REQUIRE(survives(target, target.whole, "the good file", tally));
@@ -452,7 +453,7 @@ TEST_CASE("manifests with a right checksum and wrong content") {
     alarm(kHangSeconds);
     Tally tally;
     for (const auto& [what, text] : variants) {
-        Target target{"manifest", whole, 0, 0, [&](const std::string& bytes) {
+        Victim target{"manifest", whole, 0, 0, [&](const std::string& bytes) {
                           put_file(path, bytes);
                           Checkpoint opened = open_checkpoint(run / "step_00000002");
                           // Whatever was accepted is true: the step, and each part a file of this folder.
