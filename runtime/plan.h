@@ -83,4 +83,4 @@ private:
 void print_plan(const Planner& planner, const Choice& best, int64_t largest_context);
 std::string plan_json(const Planner& planner, const Choice& best, int64_t largest_context);
 const char* peak_phase(const Arena& arena);
-std::string gib(double bytes); // "12.34 GiB"
+std::string gib(double bytes); // "12.34 GiB", or MiB where that says more

@@ -11,7 +11,10 @@ using json = nlohmann::ordered_json;
 
 std::string gib(double bytes) {
     char text[32];
-    snprintf(text, sizeof text, "%.2f GiB", bytes / (1 << 30));
+    if (bytes < 0.1 * (1 << 30))
+        snprintf(text, sizeof text, "%.1f MiB", bytes / (1 << 20));
+    else
+        snprintf(text, sizeof text, "%.2f GiB", bytes / (1 << 30));
     return text;
 }
 

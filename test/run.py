@@ -50,9 +50,10 @@ class Tally:
 
 
 def run(command, **environment):
-    """`timeout` also ends what the program started, and exits with 124."""
+    """`timeout` also ends what the program started, and exits with 124. Threads that wait sleep: on a busy machine
+    tiny models otherwise spend minutes where seconds are right."""
     return subprocess.run(["timeout", str(TIMEOUT), *command], capture_output=True, text=True, errors="replace",
-                          stdin=subprocess.DEVNULL, env=os.environ | environment)
+                          stdin=subprocess.DEVNULL, env={"OMP_WAIT_POLICY": "passive"} | os.environ | environment)
 
 
 def report(name, seconds, outcome):
