@@ -235,7 +235,8 @@ bool plan_memory(Options& options, const MakeModel& make) {
     Planner planner(options, make);
     Choice best = planner.choose();
     const bool report = options.plan || options.plan_json;
-    if (report && !planner.target().cuda && device_is_host() && planner.target().real_bytes == sizeof(real)) {
+    if (report && !best.lacking && !planner.target().cuda && device_is_host() &&
+        planner.target().real_bytes == sizeof(real)) {
         // The choice is a run's, which is made before anything is measured; the estimate may be better.
         const Device device(options.threads);
         Machine machine = planner.machine();
