@@ -1,5 +1,5 @@
 // The GPT-2 trainer: what the model is, from its configuration to main, top to bottom. Layers are in kernels/, the loop
-// of steps and its habits in runtime/loop.h. Plain C++ in every build.
+// of steps and its habits in runtime/training.h. Plain C++ in every build.
 //
 // GPT-2 (Radford et al. 2019), L blocks of
 //

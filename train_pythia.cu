@@ -1,5 +1,5 @@
 // The Pythia trainer: what the model is, from its configuration to main, top to bottom. Layers are in kernels/, what it
-// shares with GPT-2 around the blocks in runtime/transformer.h, the loop of steps and its habits in runtime/loop.h.
+// shares with GPT-2 around the blocks in runtime/transformer.h, the loop of steps and its habits in runtime/training.h.
 // Plain C++ in every build.
 //
 // Pythia (Biderman et al. 2023) is GPT-NeoX (Black et al. 2022): no position table but rotary positions, an unembedding

@@ -1,0 +1,208 @@
+#include "training.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+
+#include "errors.h"
+#include "signals.h"
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+static double seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+Run::Run(Options& options, const Device& device, Model& model, const Checkpoint* from)
+    : options_(options), device_(device), model_(model), text_(options, model), began_(seconds()) {
+    int64_t micro = options.batch * model.context();
+    options.context = model.context();
+    if (!options.tokens_per_step) options.tokens_per_step = micro;
+    if (options.tokens_per_step % micro)
+        throw BadInput("--tokens-per-step " + std::to_string(options.tokens_per_step) +
+                       " is not a multiple of batch x context, " + std::to_string(micro));
+    if (!options.train.empty())
+        loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
+    if (options.steps < 0) {
+        options.steps = loader_->windows_per_epoch() / (options.tokens_per_step / model.context());
+        if (!options.steps)
+            throw BadInput("--train " + options.train + " has " + std::to_string(loader_->windows_per_epoch()) +
+                           " windows of " + std::to_string(model.context()) + " tokens, fewer than one step of " +
+                           std::to_string(options.tokens_per_step) + "; lower --tokens-per-step, or give --steps");
+    }
+    // A run of no steps leaves them open for the one that goes on from it.
+    if (options.warmup < 0 && options.steps) options.warmup = options.steps / 100;
+    if (options.decay_steps < 0 && options.steps) options.decay_steps = options.steps / 5;
+    if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model);
+    if (from) resume(*from); // may refuse, so before anything is written
+
+    std::error_code error;
+    fs::create_directories(options.out, error);
+    if (error) throw BadInput("--out " + options.out + ": " + error.message());
+    write_file_whole(options.out + "/options.toml", options_toml(options, model.family()));
+    int64_t keep_bytes = from ? from->meta.at("log_bytes").get<int64_t>() : 0;
+    log_ = std::make_unique<RunLog>(options.out + "/log.jsonl", keep_bytes);
+    if (!from) {
+        const Planned& planned = options.planned;
+        log_->write({{"event", "plan"},
+                     {"bytes", planned.bytes},
+                     {"host_bytes", planned.host_bytes},
+                     {"peak_phase", planned.peak_phase},
+                     {"recompute", options.recompute},
+                     {"chunk", options.chunk},
+                     {"head_group", options.head_group},
+                     {"offload", options.offload}});
+        return;
+    }
+    if (due(options_.save_every) || step_ == options_.steps) log_save();
+    progress_.say("resumed " + from->path);
+}
+
+void Run::resume(const Checkpoint& from) {
+    const json& meta = from.meta;
+    if (meta.at("precision") != kPrecision)
+        throw BadInput(from.path + ": from a " + meta.at("precision").get<std::string>() + " build, this one is " +
+                       kPrecision + "; resume with the other, or start a new run with --init " + from.path);
+    step_ = saved_ = from.step;
+    updates_ = meta.at("updates");
+    skips_ = meta.at("skips");
+    losses_.restore(meta.at("losses"));
+    norms_.restore(meta.at("norms"));
+    if (loader_ && meta.contains("loader")) loader_->restore(meta.at("loader")); // a run of no steps had no data
+    read_state(device_, MappedFile(from.part("optimizer.bin")), model_.tensors());
+}
+
+void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
+
+void Run::save() {
+    if (saved_ == step_) return;
+    log_->sync();
+    json meta = {{"log_bytes", log_->bytes()}, {"updates", updates_},     {"skips", skips_},
+                 {"losses", losses_.state()},  {"norms", norms_.state()}, {"precision", kPrecision},
+                 {"model", model_.describe()}};
+    if (loader_) meta["loader"] = loader_->state();
+    Tensors& tensors = model_.tensors();
+    std::vector<CheckpointPart> parts = {
+        {"model.bin", model_.file_bytes(), [&](FileWriter& file) { model_.write_file(file); }},
+        {"optimizer.bin", state_bytes(tensors), [&](FileWriter& file) { write_state(device_, file, tensors); }}};
+    save_checkpoint(options_.out, step_, parts, meta, options_.keep);
+    saved_ = step_;
+    log_save();
+}
+
+void Run::validate() {
+    if (!validation_) return;
+    double loss = validation_->mean_loss(model_);
+    log_->write({{"event", "val"}, {"step", step_}, {"loss", loss}, {"tokens", tokens()}});
+    char line[64];
+    snprintf(line, sizeof line, "step %lld: val loss %.4f", static_cast<long long>(step_), loss);
+    progress_.say(line);
+}
+
+void Run::sample() {
+    std::string text = generate(options_, model_, text_, step_);
+    log_->write({{"event", "sample"}, {"step", step_}, {"text", text}});
+    progress_.say("step " + std::to_string(step_) + " sample:\n" + text);
+}
+
+void Run::stop_if_asked() {
+    std::string why;
+    if (int signal = stop_signal()) why = std::string("signal ") + strsignal(signal);
+    if (options_.max_hours > 0 && seconds() - began_ > options_.max_hours * 3600) why = "--max-hours";
+    if (why.empty() || step_ >= options_.steps) return;
+    save();
+    log_->write({{"event", "end"}, {"step", step_}, {"reason", why}});
+    progress_.finish();
+    throw Failure(kStopped, "stopped at step " + std::to_string(step_) + " (" + why + "); go on with: --out " +
+                                options_.out + " --resume");
+}
+
+std::string Run::reason_to_skip(double loss, double norm, double& z) const {
+    if (!std::isfinite(loss)) return "non-finite loss";
+    if (!std::isfinite(norm)) return "non-finite gradient";
+    z = std::max(losses_.score(loss), norms_.score(norm));
+    if (options_.skip_z > 0 && z > options_.skip_z) return "outlier";
+    return "";
+}
+
+void Run::one_step() {
+    double start = seconds();
+    int64_t B = options_.batch, T = options_.context, micro_steps = options_.tokens_per_step / (B * T);
+    std::vector<int32_t> tokens(B * T), targets(B * T);
+    model_.begin_step(step_);
+    for (int64_t i = 0; i < micro_steps; i++) {
+        loader_->next(tokens.data(), targets.data(), B);
+        model_.accumulate(tokens.data(), targets.data(), B, 1.0 / options_.tokens_per_step);
+    }
+    model_.measure_gradients(options_.clip);
+    double loss = model_.loss(), norm = model_.grad_norm(), z = 0;
+    double lr = learning_rate(schedule(), step_);
+    std::string skip = reason_to_skip(loss, norm, z);
+    step_++;
+    if (skip.empty()) {
+        updates_++;
+        skips_ = 0;
+        losses_.accept(loss);
+        norms_.accept(norm);
+        Optimizer optimizer{float(lr),           float(options_.beta1),        float(options_.beta2),
+                            float(options_.eps), float(options_.weight_decay), updates_,
+                            options_.seed};
+        optimizer.floor_v = options_.state_floor == "on";
+        model_.update(optimizer);
+        OptimizerCounts counts = model_.counts(); // waits for the update
+        double took = seconds() - start;
+        double flops = model_.step_cost(B).flops * micro_steps;
+        double rate = options_.tokens_per_step / took, percent = 100 * flops / took / device_.peak_flops;
+        json event = {{"event", "step"},
+                      {"step", step_},
+                      {"loss", loss},
+                      {"lr", lr},
+                      {"grad_norm", norm},
+                      {"tokens", this->tokens()},
+                      {"tokens_per_second", rate},
+                      {"ms", took * 1e3},
+                      {"peak_percent", percent}};
+        if (options_.state == "int8") event.update({{"vanished", counts.vanished}, {"saturated", counts.saturated}});
+        if (options_.state == "int8" || counts.non_finite) event["non_finite"] = counts.non_finite;
+        log_->write(event);
+        progress_.step({step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
+    } else {
+        skips_++;
+        log_->write({{"event", "skip"},
+                     {"step", step_},
+                     {"reason", skip},
+                     {"loss", loss},
+                     {"grad_norm", norm},
+                     {"z", z},
+                     {"non_finite", std::isfinite(norm) ? 0 : model_.non_finite_gradients()}});
+        progress_.say("step " + std::to_string(step_) + ": update skipped, " + skip);
+        if (skips_ >= options_.max_skips)
+            throw RunFailed(
+                std::to_string(skips_) + " updates in a row were skipped (" + skip + "), the last at step " +
+                std::to_string(step_) + "; " +
+                (saved_ >= 0 ? "the newest checkpoint is " + checkpoint_name(saved_) : "there is no checkpoint yet") +
+                "; try a lower --lr");
+    }
+}
+
+void Run::steps() {
+    if (saved_ < 0 && step_ < options_.steps && options_.val_every > 0) validate();
+    while (step_ < options_.steps) {
+        one_step();
+        bool last = step_ == options_.steps;
+        if (due(options_.val_every) || (last && options_.val_every > 0)) validate();
+        if (due(options_.sample_every)) sample();
+        if (due(options_.save_every)) save();
+        stop_if_asked();
+    }
+    save();
+    log_->write({{"event", "end"}, {"step", step_}, {"reason", "done"}});
+    progress_.finish();
+    printf("done: %lld steps, %s, peak memory %.2f GiB, checkpoint %s/%s\n", static_cast<long long>(step_),
+           format_duration(seconds() - began_).c_str(), double(peak_resident_bytes()) / (1 << 30), options_.out.c_str(),
+           checkpoint_name(step_).c_str());
+}

@@ -1,0 +1,53 @@
+// A training run: the steps and their habits (validation, samples, checkpoints, skipped updates, stopping).
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "checkpoint.h"
+#include "device.h"
+#include "evaluation.h"
+#include "log.h"
+#include "model.h"
+#include "options.h"
+#include "outliers.h"
+#include "schedule.h"
+#include "shards.h"
+
+// One run: its position, which a checkpoint holds, and what the habits need.
+class Run {
+public:
+    // from: the checkpoint to go on from, or null.
+    Run(Options& options, const Device& device, Model& model, const Checkpoint* from);
+    void steps();
+
+private:
+    Options& options_;
+    const Device& device_;
+    Model& model_;
+    Text text_;
+    std::unique_ptr<Loader> loader_;
+    std::unique_ptr<Validation> validation_;
+    std::unique_ptr<RunLog> log_;
+    Progress progress_;
+    double began_;
+
+    // The position.
+    int64_t step_ = 0, updates_ = 0, skips_ = 0, saved_ = -1;
+    OutlierWindow losses_, norms_;
+
+    bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
+    void resume(const Checkpoint& from);
+    void one_step();
+    std::string reason_to_skip(double loss, double norm, double& z) const;
+    void validate();
+    void sample();
+    void save();
+    void log_save();
+    void stop_if_asked();
+    int64_t tokens() const { return step_ * options_.tokens_per_step; }
+    Schedule schedule() const {
+        return {options_.schedule, options_.lr,     options_.final_lr,
+                options_.steps,    options_.warmup, options_.decay_steps};
+    }
+};
