@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 // RUN/log.jsonl, one object a line, each handed to the system in one write, so that a kill tears at most the last line.
 // NaN and Inf become null. A write that fails (disk full) throws RunFailed and leaves whole lines only.

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <optional>
+#include <utility>
 
+#include "checkpoint.h"
 #include "errors.h"
 #include "evaluation.h"
 #include "signals.h"
@@ -16,7 +19,9 @@ static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", lin
 
 Start find_start(const Options& options) {
     Start start;
-    if (options.resume) start.resume = newest_checkpoint(options.out, warn);
+    if (options.resume)
+        if (std::optional<Checkpoint> newest = newest_checkpoint(options.out, warn))
+            start.resume = std::make_shared<Checkpoint>(std::move(*newest));
     // To start afresh would cut the log of a run whose checkpoints perhaps only could not be read just now.
     if (options.resume && !start.resume && holds_checkpoints(options.out))
         throw BadInput(options.out + ": none of its checkpoints is whole (each is named above); restore one, or start "
@@ -44,7 +49,7 @@ static void train(Options& options, const Device& device, Model& model, const St
     catch_stop_signals();
     printf("%s\n%s\n", device_line(device).c_str(), model.describe().c_str());
     if (!options.planned.note.empty()) printf("%s\n", options.planned.note.c_str());
-    Run(options, device, model, start.resume ? &*start.resume : nullptr).steps();
+    Run(options, device, model, start.resume.get()).steps();
 }
 
 void run(Options& options, const Device& device, Model& model, const Start& start) {

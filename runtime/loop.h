@@ -3,19 +3,20 @@
 #pragma once
 #include <cstdint>
 #include <functional>
-#include <optional>
+#include <memory>
 #include <string>
 
-#include "checkpoint.h"
 #include "device.h"
 #include "model.h"
 #include "options.h"
 
+struct Checkpoint;
+
 // Where a run's weights come from: the checkpoint that --resume found, the file that --init names (in a run folder its
 // newest whole checkpoint), or neither: from scratch.
 struct Start {
-    std::optional<Checkpoint> resume;
-    std::string weights; // path of a model.bin, or empty
+    std::shared_ptr<const Checkpoint> resume; // or null
+    std::string weights;                      // path of a model.bin, or empty
 };
 Start find_start(const Options& options);
 

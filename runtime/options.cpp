@@ -17,7 +17,6 @@
 #include "errors.h"
 #include "files.h"
 #include "option_table.h"
-#include "plan.h"
 #include "toml.h"
 
 namespace {

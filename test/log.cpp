@@ -1,5 +1,6 @@
 // runtime/log.h: what lands in log.jsonl, also when the disk is full; what a pipe and a terminal see.
 #include <doctest/doctest.h>
+#include <nlohmann/json.hpp>
 
 #include <cmath>
 #include <csignal>
@@ -211,14 +212,20 @@ TEST_CASE("on a terminal: one line, cut to the width, rewritten") {
     std::string first = format_step(line_of(1)), last = format_step(line_of(5000));
     auto body = [] {
         Progress progress;
-        for (int64_t step = 1; step <= 10; step++) progress.step(line_of(step)); // faster than it redraws
+        for (int i = 0; i < 10; i++) progress.step(line_of(1)); // mostly faster than it redraws
         progress.say("saved");
         progress.step(line_of(5000));
         progress.finish();
     };
-    CHECK(on_terminal(200, body) == "\r" + first + "\x1b[K\r\x1b[Ksaved\r\n\r" + last + "\x1b[K\r\n");
-    CHECK(on_terminal(30, body) ==
-          "\r" + first.substr(0, 29) + "\x1b[K\r\x1b[Ksaved\r\n\r" + last.substr(0, 29) + "\x1b[K\r\n");
+    // What a slow machine draws twice counts once.
+    auto drawn = [&](int width) {
+        const std::string line = "\r" + first.substr(0, width - 1) + "\x1b[K";
+        std::string text = on_terminal(width, body);
+        while (contains(text, line + line)) text.erase(text.find(line + line), line.size());
+        return text;
+    };
+    CHECK(drawn(200) == "\r" + first + "\x1b[K\r\x1b[Ksaved\r\n\r" + last + "\x1b[K\r\n");
+    CHECK(drawn(30) == "\r" + first.substr(0, 29) + "\x1b[K\r\x1b[Ksaved\r\n\r" + last.substr(0, 29) + "\x1b[K\r\n");
     CHECK(on_terminal(200, [] {
               Progress progress(3600);
               progress.step(line_of(1));

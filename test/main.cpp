@@ -5,8 +5,8 @@
 #include <doctest/doctest.h>
 
 int main(int argc, char** argv) {
-#ifndef LONGHAND_SIMT
-    // On a GPU every launch then waits until its kernel is done, so that tests read results as they are on a CPU.
+#ifdef LONGHAND_GPU
+    // Every launch then waits until its kernel is done, so that tests read results as they are on a CPU.
     setenv("CUDA_LAUNCH_BLOCKING", "1", 1);
 #endif
     return doctest::Context(argc, argv).run();
