@@ -1,15 +1,16 @@
 #include "loop.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <optional>
 #include <utility>
 
+#include <unistd.h>
+
 #include "checkpoint.h"
 #include "errors.h"
 #include "evaluation.h"
-#include "signals.h"
+#include "log.h"
 #include "tokenizer.h"
 #include "training.h"
 
@@ -46,9 +47,8 @@ int64_t choose_vocab(const Options& options, int64_t family_vocab) {
 }
 
 static void train(Options& options, const Device& device, Model& model, const Start& start) {
-    catch_stop_signals();
-    printf("%s\n%s\n", device_line(device).c_str(), model.describe().c_str());
-    if (!options.planned.note.empty()) printf("%s\n", options.planned.note.c_str());
+    const std::string& note = options.planned.note;
+    print(STDOUT_FILENO, device_line(device) + "\n" + model.describe() + "\n" + (note.empty() ? "" : note + "\n"));
     Run(options, device, model, start.resume.get()).steps();
 }
 
@@ -62,23 +62,4 @@ void run(Options& options, const Device& device, Model& model, const Start& star
 void check_vocab(const Options& options, int64_t V, const std::string& path) {
     if (options.vocab && options.vocab != V)
         throw BadInput("--vocab " + std::to_string(options.vocab) + ", but " + path + " has " + std::to_string(V));
-}
-
-// One line, whatever a value quoted in the message holds.
-static void print_failure(const char* name, std::string what) {
-    std::replace(what.begin(), what.end(), '\n', ' ');
-    fprintf(stderr, "%s: %s\n", name, what.c_str());
-}
-
-int run_program(const char* name, const std::function<void()>& body) {
-    try {
-        body();
-        return kDone;
-    } catch (const Failure& failure) {
-        print_failure(name, failure.what());
-        return failure.exit_code;
-    } catch (const std::exception& error) {
-        print_failure(name, error.what());
-        return kRunFailed;
-    }
 }
