@@ -33,6 +33,9 @@ Start find_start(const Options& options) {
         bool is_checkpoint = fs::exists(options.init + "/manifest.json");
         std::optional<Checkpoint> found =
             is_checkpoint ? open_checkpoint(options.init) : newest_checkpoint(options.init, warn);
+        if (!found && fs::exists(options.init + "/config.json"))
+            throw BadInput("--init " + options.init + " is a HuggingFace directory; make a weights file of it: " +
+                           "scripts/convert_hf.py " + options.init + " --to FILE.bin");
         if (!found) throw BadInput(options.init + ": no whole checkpoint in this folder");
         start.weights = found->part("model.bin");
     } else {

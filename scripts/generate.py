@@ -72,7 +72,7 @@ def vocabulary_size(path: str) -> int:
     except OSError as error:
         raise Refused(f"{path}: cannot be read ({error.strerror})") from error
     magic, version, size, _ = struct.unpack("<4i", head) if len(head) == 16 else (0, 0, 0, 0)
-    if magic != TOKENIZER_MAGIC or version not in (1, 2):
+    if magic != TOKENIZER_MAGIC or version not in (1, 2, 3):
         raise Refused(f"{path}: not a tokenizer binary (data/FORMATS.md)")
     return size
 

@@ -126,7 +126,7 @@ def test_errors_are_one_line(run, data, trainer, tmp_path, capfd):
     lonely = tmp_path / "lonely.bin"
     lonely.write_bytes((data / "tokenizer.bin").read_bytes())
     strange = tmp_path / "strange.bin"
-    strange.write_bytes(struct.pack("<4i", 20240328, 2, 999, 0) + bytes(1008))
+    strange.write_bytes(struct.pack("<4i", 20240328, 3, 999, 0) + bytes(1008))
     (tmp_path / "strange.json").write_text((data / "tokenizer.json").read_text())
     (tmp_path / "torn.bin").write_bytes(b"\0" * 7)
     cases = [
