@@ -1,9 +1,7 @@
 """Documents out of files, in constant memory.
 
-A document travels as pieces of at most a few hundred thousand characters, so that a text of any size streams through.
-A piece ends just before a space or newline that follows a visible character. The byte-level pre-tokenizer of GPT-2 and
-GPT-NeoX always ends a pre-token there and never looks back across it, so the pieces tokenize exactly as the whole text
-would. Only a text with no such place in four pieces' length (Chinese prose, base64) is cut at a plain character.
+A document travels as pieces of a few hundred thousand characters, so that a text of any size streams through. They
+tokenize exactly as the whole text would (cuts.py).
 """
 
 import codecs
@@ -17,14 +15,14 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator, Optional
 
 from common import InputError
+from cuts import LONGEST, MARGIN, SPACES, Cutter, Encode, NoPlace
 
 PIECE = 1 << 18  # characters: long enough that a worker's round trip is noise, short enough to keep many in flight
 CHUNK = 1 << 18  # bytes to read at a time
 # A zstd block of a few bytes can stand for 128 KiB, so compressed input goes to the decoder in small bites.
 ZSTD_CHUNK = 1 << 12
 LONGEST_LINE = 1 << 30  # a JSON line is held whole; a file without newlines must not eat the machine
-SPACES = " \t\r\n\v\f"  # ASCII only: str.strip() would also take the 0xA0 and 0x85 bytes of raw-byte documents
-CUT = re.compile(r"(?<=\S)[ \n]")
+WORD_END = re.compile(r"(?<=\S)[ \n]")
 END = None  # in a stream of chunks: the document ends here
 
 TEXT, LINES, PARQUET = "text", "lines", "parquet"
@@ -113,19 +111,6 @@ class ZstdReader(io.RawIOBase):
         return count
 
 
-def safe_cut(text: str, size: int) -> int:
-    """Where to cut off about `size` characters (see the head of this file); 0: not yet, more text is needed."""
-    if len(text) <= size:
-        return 0
-    for start in (max(0, size - 4096), 0):
-        last = None
-        for last in CUT.finditer(text, start, size):
-            pass
-        if last:
-            return last.start()
-    return 4 * size if len(text) > 4 * size else 0
-
-
 def mark_ends(chunks: Iterable[str], separator: str) -> Iterator[Optional[str]]:
     """The chunks of a file with END where a document ends: at each separator and at the end of the file."""
     tail = ""
@@ -152,6 +137,7 @@ class Corpus:
     ):
         self.sources, self.field, self.split_on = sources, field, split_on
         self.skip_bad, self.replace_invalid, self.raw = skip_bad, replace_invalid, raw
+        self.encode: Optional[Encode] = None  # by which pieces are cut; without it anywhere
         self.total = sum(source.size for source in sources)  # bytes on disk
         self.reset()
 
@@ -177,6 +163,8 @@ class Corpus:
                 raise InputError(
                     f"{source.path}: cannot be read ({getattr(error, 'strerror', None) or error})"
                 ) from error
+            except NoPlace as error:
+                raise InputError(f"{source.path}: {error}") from error
             finally:
                 if self.file:
                     self.file.close()
@@ -223,7 +211,7 @@ class Corpus:
 
     def read_text(self, source: Source) -> Iterator[tuple[bool, str]]:
         strip = SPACES if self.split_on else ""  # a whole file keeps its every byte; parts lose the spaces around them
-        rest, starts = "", True
+        rest, starts, cutter = "", True, Cutter(PIECE, self.encode)
         for chunk in mark_ends(self.decoded(source), self.as_text(self.split_on)):
             if chunk is END:
                 rest = rest.rstrip(strip) if strip else rest
@@ -231,12 +219,12 @@ class Corpus:
                     yield starts, rest
                 elif starts:
                     self.empty += 1
-                rest, starts = "", True
+                rest, starts, cutter = "", True, Cutter(PIECE, self.encode)
                 continue
             rest += chunk
             if starts and strip:
                 rest = rest.lstrip(strip)
-            while cut := safe_cut(rest, PIECE):
+            while cut := cutter(rest):
                 yield starts, rest[:cut]
                 rest, starts = rest[cut:], False
 
@@ -245,10 +233,9 @@ class Corpus:
         if not text.strip(SPACES):
             self.empty += 1
             return
-        at = 0
-        while cut := safe_cut(
-            text[at : at + 4 * PIECE + 1], PIECE
-        ):  # a window: slicing the rest off would be quadratic
+        at, cutter = 0, Cutter(PIECE, self.encode)
+        # A window: slicing the rest off would be quadratic.
+        while cut := cutter(text[at : at + LONGEST + MARGIN]):
             yield at == 0, text[at : at + cut]
             at += cut
         yield at == 0, text[at:]
@@ -350,7 +337,7 @@ class Split:
         line = text.find("\n", least, least + reach)
         if line >= 0:
             return line + 1
-        word = CUT.search(text, least, least + reach)
+        word = WORD_END.search(text, least, least + reach)
         return word.start() if word else least
 
 

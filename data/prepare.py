@@ -233,6 +233,7 @@ def prepare(args) -> None:
             loaded = train_tokenizer(corpus, split, args)
         encoder = Encoder(loaded.text if loaded else None, args.eot_token)
         vocab = encoder.vocab
+        corpus.encode = None if args.raw_bytes else vocab.encode
         writers = [ShardWriter(output.staging, side, args.shard_tokens) for side in SIDES]
         documents = tokenize(corpus, split, encoder, args.workers, writers)
         totals = [writer.finish() for writer in writers]
