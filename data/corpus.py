@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator, Optional
 
 from common import InputError
-from cuts import LONGEST, MARGIN, SPACES, Cutter, Encode, NoPlace
+from cuts import LONGEST, MARGIN, WORD_END, Cutter, Encode, NoPlace
 
 PIECE = 1 << 18  # characters: long enough that a worker's round trip is noise, short enough to keep many in flight
 CHUNK = 1 << 18  # bytes to read at a time
 # A zstd block of a few bytes can stand for 128 KiB, so compressed input goes to the decoder in small bites.
 ZSTD_CHUNK = 1 << 12
 LONGEST_LINE = 1 << 30  # a JSON line is held whole; a file without newlines must not eat the machine
-WORD_END = re.compile(r"(?<=\S)[ \n]")
+SPACES = " \t\r\n\v\f"  # ASCII only: str.strip() would also take the 0xA0 and 0x85 bytes of raw-byte documents
 END = None  # in a stream of chunks: the document ends here
 
 TEXT, LINES, PARQUET = "text", "lines", "parquet"

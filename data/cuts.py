@@ -14,7 +14,6 @@ from typing import Callable, Iterator, Optional, Sequence
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
-SPACES = " \t\r\n\v\f"  # ASCII only: str.strip() would also take the 0xA0 and 0x85 bytes of raw-byte documents
 WINDOW = 192  # characters on each side of a cut that the tokenizer is asked about
 STARTS = 16  # windows that a candidate is tried in, each a character longer on both sides
 MARGIN = WINDOW + STARTS
@@ -35,6 +34,9 @@ CANDIDATES = [
 ]
 
 
+WORD_END = re.compile(r"(?<=\S)\s")
+
+
 def last_matches(pattern: re.Pattern, text: str, start: int, end: int) -> list[int]:
     """Beginnings of the last matches in text[start:end], the last one first."""
     found: list[int] = []
@@ -43,6 +45,13 @@ def last_matches(pattern: re.Pattern, text: str, start: int, end: int) -> list[i
         if len(found) > 2 * TRIES:
             del found[:TRIES]
     return found[: -TRIES - 1 : -1]
+
+
+def word_end(text: str, size: int) -> int:
+    for start in (max(0, size - NEAR), 0):
+        if found := last_matches(WORD_END, text, start, size):
+            return found[0]
+    return size
 
 
 def candidates(text: str, size: int) -> Iterator[int]:
@@ -68,15 +77,16 @@ class NoPlace(Exception):
 
 
 class Cutter:
-    """Cuts the pieces of one document. Without an encoder any place will do, as for raw bytes."""
+    """Cuts the pieces of one document. Without an encoder, as for raw bytes and for text to train a tokenizer on, the end
+    of a word will do, or any place."""
 
     def __init__(self, size: int, encode: Optional[Encode]):
         self.size, self.encode, self.wanted = size, encode, size
 
     def __call__(self, text: str) -> int:
         """Where to cut off about `size` characters of what is left of the document; 0: not yet, more is needed."""
-        if self.encode is None:  # not among spaces: those that turn out to end the document may have to go
-            return (len(text[: self.size].rstrip(SPACES)) or self.size) if len(text) > self.size else 0
+        if self.encode is None:
+            return word_end(text, self.size) if len(text) > self.size else 0
         while len(text) >= self.wanted + MARGIN:
             for at in candidates(text, self.wanted):
                 if unseen(self.encode, text, at):

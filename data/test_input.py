@@ -102,7 +102,8 @@ def test_no_word_to_train_on_is_longer_than_a_token_can_use(tmp_path, monkeypatc
     (tmp_path / "a.txt").write_text(text)
     seen, train = [], vocabulary.train
     monkeypatch.setattr(vocabulary, "train", lambda texts, size: train(map(seen_too(seen), texts), size))
-    assert run(tmp_path / "a.txt", "--out", tmp_path / "out", "--train-tokenizer", 300, "--val-fraction", 0) == 0
+    trained = ["--train-tokenizer", 300, "--val-fraction", 0, "--min-tokens", 1]
+    assert run(tmp_path / "a.txt", "--out", tmp_path / "out", *trained) == 0
     assert "".join(seen) == text
     assert max(len(word) for part in seen for word in re.findall(r"\S+|\s+", part)) <= prepare.LONGEST_WORD
 
