@@ -11,7 +11,7 @@ import subprocess
 import threading
 
 import pytest
-from recipe_testing import BARE, PYTHON, ROOT, run
+from recipe_testing import BARE, PYTHON, ROOT, call, run
 
 # What is made smaller, and nothing else: README's own words run.
 SMALLER = [
@@ -129,3 +129,11 @@ def test_what_is_excused_is_there():
             assert len(words) == 1 or "=" in words[1] or words[1] in targets, words
         else:
             assert (ROOT / words[words[0] == "python"]).is_file(), words
+
+
+@pytest.mark.parametrize("bench", ["vs_torch.py", "pythia_torch.py", "gpu_torch.py"])
+def test_a_bench_beside_pytorch_without_it(bench, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch', name='torch')")
+    done = call(PYTHON, f"dev/bench/{bench}", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith(f"{bench}: error: the Python package torch is missing")
+    assert done.stderr.count("\n") == 1
