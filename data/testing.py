@@ -4,12 +4,14 @@ import json
 import os
 import random
 import struct
+from pathlib import Path
 
 import numpy as np
 
 import prepare
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = Path(HERE).parent
 WORDS = "the of and that in he shall unto for it was king's Lord's naïve 漢字 12 1611 🙂 ( ) ; : . , \n \t".split(" ")
 
 
