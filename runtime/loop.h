@@ -16,6 +16,7 @@
 struct Start {
     std::optional<Checkpoint> resume;
     std::string weights; // path of a model.bin, or empty
+    nlohmann::json data; // the data position of the checkpoint that the weights are of; null if they are of none
 };
 Start find_start(const Options& options);
 
@@ -23,10 +24,16 @@ Start find_start(const Options& options);
 // and the data position from start.resume.
 void run(Options& options, const Device& device, Model& model, const Start& start);
 
+// Opens all data that the options name and refuses what does not fit the model, or what else is known of its tokenizer:
+// by dataset.json beside the shards, by --tokenizer, and by the run that the weights come from. To be asked before the
+// weights are read, which takes long.
+void check_data(const Options& options, const Model& model, const Start& start);
+
 // Runs a trainer's body and turns what it throws into one line on stderr and the exit code.
 int run_program(const char* name, const std::function<void()>& body);
 
-// The vocabulary for a new model: --vocab, else the tokenizer's size, else the family's own.
+// The vocabulary for a new model: --vocab, else the tokenizer's size, by --tokenizer or by dataset.json beside the
+// shards, else the family's own.
 int64_t choose_vocab(const Options& options, int64_t family_vocab);
 // Refuses a --vocab that is not the weights file's V.
 void check_vocab(const Options& options, int64_t V, const std::string& path);

@@ -73,7 +73,7 @@ void Run::resume(const Checkpoint& from) {
     losses_.restore(meta.at("losses"));
     norms_.restore(meta.at("norms"));
     if (loader_ && meta.contains("loader")) loader_->restore(meta.at("loader")); // a run of no steps had no data
-    read_state(device_, MappedFile(from.part("optimizer.bin")), model_.tensors());
+    read_state(device_, FileReader(from.part("optimizer.bin")), model_.tensors());
 }
 
 void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
