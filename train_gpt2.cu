@@ -102,7 +102,7 @@ Tensors gpt2_tensors(const Gpt2Config& c) {
 
 constexpr int32_t kModelMagic = 20240326;
 
-FileType read_config(const MappedFile& file, Gpt2Config& config) {
+FileType read_config(const FileReader& file, Gpt2Config& config) {
     Header header;
     static_cast<ModelSizes&>(config) = read_sizes(file, kModelMagic, "GPT-2", header);
     config.tied = header[8] ? header[9] : 0;
@@ -121,7 +121,7 @@ public:
     Gpt2(const Device& device, const Gpt2Config& config, const Setup& setup);
     void init_weights(uint64_t seed);
     // `from` is the file's own configuration; a longer wpe than its is filled as `positions` says.
-    void read_file(const MappedFile& file, FileType type, const Gpt2Config& from, const Options& options);
+    void read_file(const FileReader& file, FileType type, const Gpt2Config& from, const Options& options);
 
     void allocate() override;
     Cost step_cost(int64_t B) const override;
@@ -194,7 +194,7 @@ struct Stretch {
     }
 };
 
-void Gpt2::read_file(const MappedFile& file, FileType type, const Gpt2Config& from, const Options& options) {
+void Gpt2::read_file(const FileReader& file, FileType type, const Gpt2Config& from, const Options& options) {
     WeightsReader reader(file, type);
     for (size_t i = 0; i < params_.list.size(); i++) {
         if (i != wpe || from.maxT == c_.maxT) {
@@ -407,6 +407,7 @@ void run_gpt2(int argc, char** argv) {
     if (plan_memory(options, make)) return;
     Device device(options.threads);
     std::unique_ptr<Gpt2> model = make(device, options);
+    check_data(options, *model, origin.start);
     model->allocate();
     if (origin.from_scratch())
         model->init_weights(options.seed);

@@ -164,7 +164,7 @@ void write_double(Header& h, int at, double x) {
     h[at] = int32_t(uint32_t(bits)), h[at + 1] = int32_t(uint32_t(bits >> 32));
 }
 
-FileType read_config(const MappedFile& file, PythiaConfig& c) {
+FileType read_config(const FileReader& file, PythiaConfig& c) {
     Header h;
     static_cast<ModelSizes&>(c) = read_sizes(file, kPythiaMagic, "Pythia", h);
     auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
@@ -189,7 +189,7 @@ class Pythia : public Transformer {
 public:
     Pythia(const Device& device, const PythiaConfig& config, const Setup& setup);
     void init_weights(uint64_t seed);
-    void read_file(const MappedFile& file, FileType type);
+    void read_file(const FileReader& file, FileType type);
 
     Cost step_cost(int64_t B) const override;
     Work work(int64_t B) const override;
@@ -237,7 +237,7 @@ void Pythia::init_weights(uint64_t seed) {
     }
 }
 
-void Pythia::read_file(const MappedFile& file, FileType type) {
+void Pythia::read_file(const FileReader& file, FileType type) {
     WeightsReader reader(file, type);
     for (Tensor& tensor : params_.list) reader.read(device_, tensor);
 }
@@ -460,6 +460,7 @@ void run_pythia(int argc, char** argv) {
     resolve(options, configure(options));
     Device device(options.threads);
     std::unique_ptr<Pythia> model = make(device, options);
+    check_data(options, *model, origin.start);
     model->allocate();
     if (origin.from_scratch())
         model->init_weights(options.seed);

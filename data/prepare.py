@@ -16,6 +16,7 @@ from typing import Iterable, Iterator, Optional
 
 import numpy as np
 
+import dataset
 import recipes
 import vocabulary
 from common import EOT_TEXT, MAX_VOCAB, InputError, RunError
@@ -278,9 +279,15 @@ def prepare(args) -> None:
         vocab.write(output.staging)
         output.commit(
             {
-                "tokenizer": {"from": vocab.name, "tokens": vocab.size, "end_of_text": vocab.eot},
+                "version": dataset.VERSION,
+                "tokenizer": dataset.describe_tokenizer(vocab.name, vocab.tokens, vocab.eot),
                 **{
-                    side: {"tokens": total, "documents": count, "shards": len(writer.counts)}
+                    side: {
+                        "tokens": total,
+                        "documents": count,
+                        "shards": len(writer.counts),
+                        "files": writer.files(),
+                    }
                     for side, total, count, writer in zip(SIDES, totals, documents, writers)
                 },
                 "validation": {

@@ -11,13 +11,14 @@ import struct
 
 import numpy as np
 
+import dataset
 from common import HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, InputError
+from dataset import SUMMARY
 from vocabulary import read_binary
 
 SIDES = ("train", "val")
 SHARD_NAME = re.compile(r"(train|val)_(\d{6})\.bin")
 STAGING = ".partial"
-SUMMARY = "dataset.json"
 OWNED = ("tokenizer.bin", "tokenizer.json", SUMMARY)
 # The last shard takes up to half a shard more than the others, and the count in the header is an int32.
 LONGEST_SHARD = (2**31 - 1) // 3 * 2
@@ -71,6 +72,11 @@ class ShardWriter:
             self.file.write(shard_header(self.counts[-1]))
             self.file.close()
             self.file = None
+
+    def files(self) -> list[dict]:
+        """What dataset.json says of the finished shards."""
+        paths = [self.path(index) for index in range(len(self.counts))]
+        return dataset.describe_shards(self.folder, dict(zip(map(os.path.basename, paths), self.counts)))
 
     def finish(self) -> int:
         """Closes the last shard, joining a short one to the one before, and returns the tokens of all."""
@@ -177,7 +183,8 @@ def verify(folder: str) -> list[str]:
         raise InputError(f"{folder}: no such folder")
     tokens, eot = read_binary(os.path.join(folder, "tokenizer.bin"))
     names = shard_files(folder)
-    lines, totals = [], {side: 0 for side in SIDES}
+    lines: list[str] = []
+    counts: dict[str, dict[str, int]] = {side: {} for side in SIDES}
     for side in SIDES:
         own = [name for name in names if name.startswith(side + "_")]
         missing = {f"{side}_{index:06d}.bin" for index in range(len(own))} - set(own)
@@ -185,18 +192,9 @@ def verify(folder: str) -> list[str]:
             raise InputError(f"{folder}: {min(missing, default='train_000000.bin')} is missing; run again with --force")
         for name in own:
             count, documents = check_shard(os.path.join(folder, name), len(tokens), eot)
-            totals[side] += count
+            counts[side][name] = count
             lines.append(f"{name}: {count:,} tokens, {documents:,} documents begin in it")
-    summary = os.path.join(folder, SUMMARY)
-    if os.path.exists(summary):
-        try:
-            with open(summary, encoding="utf-8") as file:
-                record = json.load(file)
-            written = {side: record[side]["tokens"] for side in SIDES}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{summary}: damaged; run again with --force") from error
-        for side in SIDES:
-            if written[side] != totals[side]:
-                raise InputError(f"{folder}: {side} has {totals[side]:,} tokens, but {SUMMARY} says {written[side]:,}")
+    if os.path.exists(os.path.join(folder, SUMMARY)):
+        dataset.verify(folder, tokens, eot, counts)
     lines.append(f"{len(tokens):,} tokens in the tokenizer, end of text {eot}: all is well")
     return lines

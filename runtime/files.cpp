@@ -96,60 +96,60 @@ Descriptor open_to_read(const std::string& path, struct stat& info) {
 
 } // namespace
 
-MappedFile::MappedFile(const std::string& path) : path_(path) {
+// Throws BadInput unless the range lies in a file of `size` bytes.
+static void check_range(const std::string& path, size_t size, size_t offset, size_t bytes) {
+    if (offset > size || bytes > size - offset)
+        throw BadInput(path + " is too short: " + std::to_string(bytes) + " bytes wanted at offset " +
+                       std::to_string(offset) + ", but the file has " + std::to_string(size) +
+                       "; it may be cut off, make or copy it again");
+}
+
+FileReader::FileReader(const std::string& path) : path_(path) {
     struct stat info;
     Descriptor file = open_to_read(path, info);
     size_ = static_cast<size_t>(info.st_size);
-    if (size_ == 0) return; // mmap refuses empty files; at() refuses every byte of one
-    void* mapped = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.fd, 0);
-    if (mapped == MAP_FAILED) refuse("cannot map " + path + " (" + std::to_string(size_) + " bytes)", errno);
-    data_ = static_cast<const unsigned char*>(mapped);
+    modified_ = int64_t(info.st_mtim.tv_sec) * 1000000000 + info.st_mtim.tv_nsec;
+    fd_ = std::exchange(file.fd, -1);
 }
 
-MappedFile::~MappedFile() {
-    if (data_) munmap(const_cast<unsigned char*>(data_), size_);
+FileReader::~FileReader() {
+    if (fd_ >= 0) close(fd_);
 }
 
-MappedFile::MappedFile(MappedFile&& other) noexcept
-    : path_(std::move(other.path_)), data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+FileReader::FileReader(FileReader&& other) noexcept
+    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), size_(std::exchange(other.size_, 0)),
+      modified_(other.modified_) {}
 
-MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+FileReader& FileReader::operator=(FileReader&& other) noexcept {
     std::swap(path_, other.path_);
-    std::swap(data_, other.data_);
+    std::swap(fd_, other.fd_);
     std::swap(size_, other.size_);
+    std::swap(modified_, other.modified_);
     return *this;
 }
 
-const unsigned char* MappedFile::at(size_t offset, size_t bytes) const {
-    if (offset > size_ || bytes > size_ - offset)
-        throw BadInput(path_ + " is too short: " + std::to_string(bytes) + " bytes wanted at offset " +
-                       std::to_string(offset) + ", but the file has " + std::to_string(size_) +
-                       "; it may be cut off, make or copy it again");
-    return data_ + offset;
+void FileReader::read(size_t offset, void* to, size_t bytes) const {
+    check_range(path_, size_, offset, bytes);
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = retried([&] {
+            return pread(fd_, static_cast<char*>(to) + done, std::min(bytes - done, kLargestCall),
+                         static_cast<off_t>(offset + done));
+        });
+        if (got < 0) fail("cannot read " + path_, errno);
+        if (got == 0)
+            throw RunFailed(path_ + " was cut to " + std::to_string(offset + done) + " of its " +
+                            std::to_string(size_) + " bytes while it was read; make or copy it again");
+        done += static_cast<size_t>(got);
+    }
 }
 
-namespace {
+void FileReader::expect_random_reads() const { posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM); }
 
-// Hints may fail without harm. The range grows to whole blocks of `unit` bytes, within the mapping.
-void advise(const unsigned char* data, size_t size, size_t offset, size_t bytes, size_t unit, int hint) {
-    if (offset > size || bytes > size - offset || bytes == 0) return;
-    uintptr_t base = reinterpret_cast<uintptr_t>(data);
-    uintptr_t first = std::max(base, (base + offset) / unit * unit);
-    uintptr_t end = std::min(base + size, (base + offset + bytes + unit - 1) / unit * unit);
-    madvise(reinterpret_cast<void*>(first), end - first, hint);
-}
+SmallFile::SmallFile(const std::string& path, size_t most) : path_(path), bytes_(read_small_file(path, most)) {}
 
-} // namespace
-
-void MappedFile::expect_random_reads() const { advise(data_, size_, 0, size_, 4096, MADV_RANDOM); }
-
-void MappedFile::will_read(size_t offset, size_t bytes) const {
-    advise(data_, size_, offset, bytes, static_cast<size_t>(sysconf(_SC_PAGESIZE)), MADV_WILLNEED);
-}
-
-// A fault maps up to 64 KiB of cached neighbours as well, so that much goes.
-void MappedFile::done_with(size_t offset, size_t bytes) const {
-    advise(data_, size_, offset, bytes, size_t(64) << 10, MADV_DONTNEED);
+const unsigned char* SmallFile::at(size_t offset, size_t bytes) const {
+    check_range(path_, bytes_.size(), offset, bytes);
+    return reinterpret_cast<const unsigned char*>(bytes_.data()) + offset;
 }
 
 struct FileWriter::Hasher {
@@ -266,8 +266,6 @@ void UnnamedFile::read(size_t offset, void* to, size_t bytes) const {
 void UnnamedFile::drop_pages() const { madvise(data_, size_, MADV_DONTNEED); }
 
 uint64_t bytes_hash(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
-
-uint64_t file_hash(const MappedFile& file) { return bytes_hash(file.at(0, file.size()), file.size()); }
 
 FileSum file_sum(const std::string& path) {
     struct stat info;

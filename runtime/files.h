@@ -7,31 +7,44 @@
 #include <string>
 #include <vector>
 
-// A whole file, mapped read-only. Throws BadInput naming the file if it cannot be opened or mapped, or is no regular
-// file. Move-only.
-class MappedFile {
+// A file that is read in pieces, and never mapped: a file that is cut under a mapping, or a disk that fails, is a
+// SIGBUS there and an exception here. Throws BadInput naming the file if it cannot be opened or is no regular file.
+// Move-only.
+class FileReader {
 public:
-    explicit MappedFile(const std::string& path);
-    ~MappedFile();
-    MappedFile(MappedFile&& other) noexcept;
-    MappedFile& operator=(MappedFile&& other) noexcept;
+    explicit FileReader(const std::string& path);
+    ~FileReader();
+    FileReader(FileReader&& other) noexcept;
+    FileReader& operator=(FileReader&& other) noexcept;
 
     const std::string& path() const { return path_; }
+    // As they were when it was opened: bytes, and the time of the last change in nanoseconds.
     size_t size() const { return size_; }
-    // `bytes` bytes at `offset`; throws BadInput naming the file and both numbers if the file is shorter.
-    const unsigned char* at(size_t offset, size_t bytes) const;
-
-    // Hints for files much larger than memory, of which small ranges are read in no order: no reading ahead of what was
-    // asked for; one request for a whole range about to be read; pages read once do not stay in this process's resident
-    // set (they stay in the page cache).
+    int64_t modified() const { return modified_; }
+    // Threads may read side by side. Throws BadInput naming the file and the numbers if the file is shorter, RunFailed
+    // if it was cut since it was opened or cannot be read.
+    void read(size_t offset, void* to, size_t bytes) const;
+    // For small ranges in no order: no reading ahead of what was asked for.
     void expect_random_reads() const;
-    void will_read(size_t offset, size_t bytes) const;
-    void done_with(size_t offset, size_t bytes) const;
 
 private:
     std::string path_;
-    const unsigned char* data_ = nullptr; // (size_)
+    int fd_ = -1;
     size_t size_ = 0;
+    int64_t modified_ = 0;
+};
+
+// A small file in memory, whose bytes are taken with checked bounds. Throws BadInput as read_small_file() does.
+class SmallFile {
+public:
+    SmallFile(const std::string& path, size_t most);
+    const std::string& path() const { return path_; }
+    size_t size() const { return bytes_.size(); }
+    // `bytes` bytes at `offset`; throws BadInput naming the file and both numbers if the file is shorter.
+    const unsigned char* at(size_t offset, size_t bytes) const;
+
+private:
+    std::string path_, bytes_;
 };
 
 // Buffered writing to one new file; hashes what it writes. Every failure (disk full included) throws RunFailed naming
@@ -88,11 +101,7 @@ private:
 // XXH3, 64 bits.
 uint64_t bytes_hash(const void* data, size_t bytes);
 
-// XXH3 of a mapped file's bytes.
-uint64_t file_hash(const MappedFile& file);
-
-// Size and XXH3 of a file, read through read() and not through a mapping: a disk error under a mapping is a SIGBUS,
-// here it is BadInput, and a harmed checkpoint must not take the run down with it.
+// Size and XXH3 of a file. A disk error is BadInput: a harmed checkpoint must not take the run down with it.
 struct FileSum {
     uint64_t bytes, hash;
 };

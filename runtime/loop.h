@@ -18,9 +18,10 @@ class RunLock;
 // newest whole checkpoint), or neither: from scratch.
 struct Start {
     std::shared_ptr<const Checkpoint> resume; // or null
+    std::shared_ptr<const Checkpoint> origin; // that the weights are of, or null
     std::string weights;                      // path of a model.bin, or empty
     // The same file, open, so that it can be read to its end though a run removes the checkpoint meanwhile.
-    std::optional<MappedFile> file;
+    std::optional<FileReader> file;
     std::shared_ptr<RunLock> lock; // of --out, if it was there already
 };
 // A resumed run's folder is locked before anything in it is read.
@@ -30,7 +31,13 @@ Start find_start(const Options& options);
 // and the data position from start.resume.
 void run(Options& options, const Device& device, Model& model, const Start& start);
 
-// The vocabulary for a new model: --vocab, else the tokenizer's size, else the family's own.
+// Opens all data that the options name and refuses what does not fit the model, or what else is known of its tokenizer:
+// by dataset.json beside the shards, by --tokenizer, and by the run that the weights come from. To be asked before the
+// weights are read, which takes long.
+void check_data(const Options& options, const Model& model, const Start& start);
+
+// The vocabulary for a new model: --vocab, else the tokenizer's size, by --tokenizer or by dataset.json beside the
+// shards, else the family's own.
 int64_t choose_vocab(const Options& options, int64_t family_vocab);
 // Refuses a --vocab that is not the weights file's V.
 void check_vocab(const Options& options, int64_t V, const std::string& path);

@@ -55,7 +55,7 @@ std::vector<OptionRow> option_table(const Family& family) {
          &O::vocab,
          fixed,
          {0, 0x1p24},
-         "the tokenizer's size, else the family's own"},
+         "the tokenizer's size, by --tokenizer or by dataset.json beside the shards, else the family's own"},
         {model,
          "positions",
          "HOW",

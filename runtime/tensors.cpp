@@ -118,9 +118,9 @@ void Tensors::link(char* host) {
     }
 }
 
-Header read_header(const MappedFile& file) {
+Header read_header(const FileReader& file) {
     Header header;
-    memcpy(header.data(), file.at(0, kHeaderBytes), kHeaderBytes);
+    file.read(0, header.data(), kHeaderBytes);
     return header;
 }
 
@@ -133,7 +133,7 @@ static void set_weights(const Device& device, Tensor& tensor, int64_t first, con
     if (tensor.master_waits) release_mapped(tensor.master + first, count * sizeof(float));
 }
 
-FileType file_type(const MappedFile& file, const Header& header) {
+FileType file_type(const FileReader& file, const Header& header) {
     if (header[1] == 3) return FileType::fp32;
     if (header[1] == 5) return FileType::bf16;
     if (header[1] == 6) return FileType::fp16;
@@ -143,7 +143,7 @@ FileType file_type(const MappedFile& file, const Header& header) {
 
 static size_t element_bytes(FileType type) { return type == FileType::fp32 ? sizeof(float) : sizeof(uint16_t); }
 
-void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors) {
+void check_weights_size(const FileReader& file, FileType type, const Tensors& tensors) {
     size_t want = kHeaderBytes + tensors.count() * element_bytes(type);
     if (file.size() != want)
         throw BadInput(file.path() + ": " + std::to_string(file.size()) + " bytes, but its header describes " +
@@ -164,17 +164,19 @@ static float half_to_float(uint16_t half) {
 }
 
 void WeightsReader::read_floats(float* to, int64_t count) {
-    size_t bytes = count * element_bytes(type_);
-    const unsigned char* from = file_.at(offset_, bytes);
-    offset_ += bytes;
+    const size_t size = element_bytes(type_);
     if (type_ == FileType::fp32) {
-        memcpy(to, from, bytes);
+        file_.read(offset_, to, count * size);
+        offset_ += count * size;
         return;
     }
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t bits;
-        memcpy(&bits, from + i * sizeof bits, sizeof bits);
-        to[i] = type_ == FileType::bf16 ? to_float(bf16{bits}) : half_to_float(bits);
+    std::vector<uint16_t> stage(std::min(kStage, count));
+    for (int64_t first = 0; first < count; first += kStage) {
+        const int64_t n = std::min(kStage, count - first);
+        file_.read(offset_, stage.data(), n * size);
+        offset_ += n * size;
+        for (int64_t i = 0; i < n; i++)
+            to[first + i] = type_ == FileType::bf16 ? to_float(bf16{stage[i]}) : half_to_float(stage[i]);
     }
 }
 
@@ -232,6 +234,19 @@ template <class Bits> static bool all_finite(const char* values, size_t bytes, B
     return finite;
 }
 
+// The way back.
+static void read_bytes(const Device& device, const FileReader& file, size_t offset, void* to, size_t bytes,
+                       bool waits) {
+    std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));
+    for (size_t first = 0; first < bytes; first += stage.size()) {
+        size_t n = std::min(stage.size(), bytes - first);
+        char* piece = static_cast<char*>(to) + first;
+        file.read(offset + first, stage.data(), n);
+        upload(device, piece, stage.data(), n);
+        if (waits) release_mapped(piece, n);
+    }
+}
+
 FileType weights_type(const Tensors& tensors) { return tensors.float_weights() ? FileType::fp32 : FileType::bf16; }
 
 std::string write_weights(const Device& device, FileWriter& file, const Tensors& tensors) {
@@ -263,7 +278,7 @@ void write_state(const Device& device, FileWriter& file, const Tensors& tensors)
             write_bytes(device, file, *array.pointer, array.bytes, t.states_wait);
 }
 
-void read_state(const Device& device, const MappedFile& file, Tensors& tensors) {
+void read_state(const Device& device, const FileReader& file, Tensors& tensors) {
     if (Header header = read_header(file); header[0] == kStateMagic && header[1] != 2)
         throw BadInput(file.path() + ": version " + std::to_string(header[1]) +
                        " of the optimizer's state, 2 is read; start a new run with --init");
@@ -272,8 +287,7 @@ void read_state(const Device& device, const MappedFile& file, Tensors& tensors) 
     size_t offset = kHeaderBytes;
     for (Tensor& t : tensors.list)
         for (const StateArray& array : state_arrays(t, tensors.memory.rule)) {
-            upload(device, *array.pointer, file.at(offset, array.bytes), array.bytes);
-            if (t.states_wait) release_mapped(*array.pointer, array.bytes);
+            read_bytes(device, file, offset, *array.pointer, array.bytes, t.states_wait);
             offset += array.bytes;
         }
 }

@@ -72,27 +72,27 @@ struct Tensors {
 constexpr int kHeaderInts = 256;
 using Header = std::array<int32_t, kHeaderInts>;
 constexpr size_t kHeaderBytes = sizeof(Header);
-Header read_header(const MappedFile& file);
+Header read_header(const FileReader& file);
 
 enum class FileType { fp32, bf16, fp16 }; // versions 3, 5 and 6 of a weights file
 
 // Throws BadInput for any other version.
-FileType file_type(const MappedFile& file, const Header& header);
+FileType file_type(const FileReader& file, const Header& header);
 
 // A weights file is its header and the tensors, no byte more or less. Throws BadInput naming both sizes: to be asked
 // before anything is allocated on the header's word.
-void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors);
+void check_weights_size(const FileReader& file, FileType type, const Tensors& tensors);
 
 // Reads a weights file's tensors one after another, converting to what the build holds. Throws BadInput naming the file
 // and the tensor for a weight that is not finite: nothing can be computed with it.
 class WeightsReader {
 public:
-    WeightsReader(const MappedFile& file, FileType type) : file_(file), type_(type) {}
+    WeightsReader(const FileReader& file, FileType type) : file_(file), type_(type) {}
     void read(const Device& device, Tensor& tensor);
     std::vector<float> read_floats(const std::string& name, int64_t count); // the next `count` values, of this tensor
 
 private:
-    const MappedFile& file_;
+    const FileReader& file_;
     FileType type_;
     size_t offset_ = kHeaderBytes;
     void read_floats(float* to, int64_t count);
@@ -109,7 +109,7 @@ uint64_t weight_bytes(const Tensors& tensors);
 // tensor its m, v and their absmax, whichever it has, as they are in memory.
 constexpr int32_t kStateMagic = 20261123;
 void write_state(const Device& device, FileWriter& file, const Tensors& tensors);
-void read_state(const Device& device, const MappedFile& file, Tensors& tensors);
+void read_state(const Device& device, const FileReader& file, Tensors& tensors);
 uint64_t state_bytes(const Tensors& tensors);
 
 // Sets a tensor's weights from a function of the element's index, on all threads.

@@ -2,19 +2,21 @@
 
 #include <cstring>
 
+#include "dataset.h"
 #include "errors.h"
 #include "files.h"
 
 namespace {
 
 constexpr size_t kHeaderBytes = 256 * sizeof(int32_t);
+constexpr size_t kLargestFile = size_t(1) << 30; // real ones have less than 1 MiB
 constexpr int32_t kMagic = 20240328;
 constexpr int32_t kGpt2Tokens = 50257; // the only table that was ever written before the file named its end of text
 
 } // namespace
 
 Tokenizer::Tokenizer(const std::string& path) {
-    MappedFile file(path);
+    SmallFile file(path, kLargestFile);
     int32_t header[4]; // magic, version, V, end of text
     memcpy(header, file.at(0, kHeaderBytes), sizeof header);
     auto [magic, version, V, end_of_text] = header;
@@ -48,6 +50,16 @@ Tokenizer::Tokenizer(const std::string& path) {
     if (at != file.size())
         throw BadInput(path + ": its " + std::to_string(V) + " tokens end at byte " + std::to_string(at) +
                        ", the file has " + std::to_string(file.size()));
+}
+
+std::string Tokenizer::hash() const {
+    Fnv hash;
+    for (const std::string& token : tokens_) {
+        const uint32_t length = static_cast<uint32_t>(token.size());
+        hash.add(&length, sizeof length);
+        hash.add(token.data(), length);
+    }
+    return hash.hex();
 }
 
 std::string Tokenizer::decode(const std::vector<int32_t>& ids) const {

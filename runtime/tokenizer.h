@@ -12,6 +12,9 @@ public:
     int32_t end_of_text() const { return end_of_text_; } // -1: the file does not say, nor is it GPT-2's
     // Bytes of the tokens; ids beyond the table (a model's padding) decode to nothing.
     std::string decode(const std::vector<int32_t>& ids) const;
+    // What the shards of this tokenizer say in dataset.json: FNV-1a over each token's length (4 bytes) and bytes, so
+    // that it does not depend on the version of the file.
+    std::string hash() const;
 
 private:
     std::vector<std::string> tokens_;

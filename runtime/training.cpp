@@ -119,7 +119,7 @@ void Run::resume(const Checkpoint& from) {
     validated_ = meta.value("validated", true);
     sampled_ = meta.value("sampled", true);
     if (loader_ && meta.contains("loader")) loader_->restore(meta.at("loader")); // a run of no steps had no data
-    read_state(device_, MappedFile(from.part("optimizer.bin")), model_.tensors());
+    read_state(device_, FileReader(from.part("optimizer.bin")), model_.tensors());
 }
 
 void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }

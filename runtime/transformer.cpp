@@ -24,7 +24,7 @@ void check_sizes(const ModelSizes& s, const std::string& where) {
         throw BadInput(where + ": vocabulary of " + std::to_string(s.V) + ", but shards hold 16-bit tokens");
 }
 
-ModelSizes read_sizes(const MappedFile& file, int32_t magic, const char* family, Header& header) {
+ModelSizes read_sizes(const FileReader& file, int32_t magic, const char* family, Header& header) {
     header = read_header(file);
     auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
     if (header[0] != magic)

@@ -35,7 +35,7 @@ void check_sizes(const ModelSizes& sizes, const std::string& where);
 
 // Both families' headers begin alike: magic, version and the sizes. read_sizes() refuses another magic, `family` being
 // what the file is not, and sizes that cannot be; it fills `header` for the entries that follow.
-ModelSizes read_sizes(const MappedFile& file, int32_t magic, const char* family, Header& header);
+ModelSizes read_sizes(const FileReader& file, int32_t magic, const char* family, Header& header);
 Header make_header(int32_t magic, const ModelSizes& sizes, FileType type);
 
 // All that a model's memory depends on beside its sizes.
@@ -54,7 +54,7 @@ Setup make_setup(const Options& options, int64_t T);
 template <class Config> struct Origin {
     Start start;
     Config config; // the file's
-    std::optional<MappedFile> file;
+    std::optional<FileReader> file;
     FileType type = FileType::fp32;
 
     explicit Origin(const Options& options) : start(find_start(options)) {

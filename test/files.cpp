@@ -1,4 +1,5 @@
-// Files: bounds of mappings, writers against short writes, signals, full disks and size limits, whole renames, globs.
+// Files: bounds of readers, files cut while they are read, writers against short writes, signals, full disks and size
+// limits, whole renames, globs.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -36,52 +37,72 @@ void write_through(const std::string& path, const std::string& bytes) {
 
 } // namespace
 
-TEST_CASE("a mapping reads its file and refuses what lies outside") {
+TEST_CASE("a reader and a small file give the bytes of their file and refuse what lies outside") {
     ScratchFolder folder;
-    std::string bytes = random_bytes(10000, 1), path = folder / "data";
+    std::string bytes = random_bytes(10000, 1), path = folder / "data", got(10000, '\0');
     put_file(path, bytes);
-    MappedFile file(path);
-    CHECK(file.size() == bytes.size());
+    FileReader file(path);
+    SmallFile small(path, 10000);
     CHECK(file.path() == path);
-    CHECK(std::memcmp(file.at(0, bytes.size()), bytes.data(), bytes.size()) == 0);
-    CHECK(*file.at(9999, 1) == static_cast<unsigned char>(bytes[9999]));
-    CHECK_NOTHROW(file.at(10000, 0));
+    CHECK(file.size() == bytes.size());
+    CHECK(small.size() == bytes.size());
+    file.expect_random_reads();
+    file.read(0, got.data(), got.size());
+    CHECK(got == bytes);
+    CHECK(std::memcmp(small.at(0, bytes.size()), bytes.data(), bytes.size()) == 0);
+    file.read(9999, got.data(), 1);
+    CHECK(got[0] == bytes[9999]);
+    CHECK(*small.at(9999, 1) == static_cast<unsigned char>(bytes[9999]));
+    CHECK_NOTHROW(file.read(10000, got.data(), 0));
+    CHECK_NOTHROW(small.at(10000, 0));
     for (auto [offset, count] : std::vector<std::pair<size_t, size_t>>{
              {9999, 2}, {10000, 1}, {10001, 0}, {0, 10001}, {1, SIZE_MAX}, {SIZE_MAX, 1}, {SIZE_MAX, SIZE_MAX}}) {
-        std::string said = message_of<BadInput>([&] { file.at(offset, count); });
-        CHECK(contains(said, path));
-        CHECK(contains(said, std::to_string(offset)));
-        CHECK(contains(said, "10000"));
+        for (const std::string& said : {message_of<BadInput>([&] { file.read(offset, got.data(), count); }),
+                                        message_of<BadInput>([&] { small.at(offset, count); })}) {
+            CHECK(contains(said, path));
+            CHECK(contains(said, std::to_string(offset)));
+            CHECK(contains(said, "10000"));
+        }
     }
-    // Hints change nothing that can be seen, in or out of bounds.
-    file.expect_random_reads();
-    file.will_read(5000, 4000);
-    file.done_with(5000, 4000);
-    file.will_read(SIZE_MAX, 2);
-    file.done_with(9999, 2);
-    CHECK(std::memcmp(file.at(0, bytes.size()), bytes.data(), bytes.size()) == 0);
+    CHECK(contains(message_of<BadInput>([&] { SmallFile(path, 9999); }), "9999"));
 
-    MappedFile moved(std::move(file));
+    FileReader moved(std::move(file));
     CHECK(moved.size() == bytes.size());
     put_file(folder / "other", "abc");
-    MappedFile other(folder / "other");
+    FileReader other(folder / "other");
     other = std::move(moved);
-    CHECK(std::memcmp(other.at(100, 50), bytes.data() + 100, 50) == 0);
+    other.read(100, got.data(), 50);
+    CHECK(std::memcmp(got.data(), bytes.data() + 100, 50) == 0);
     CHECK(other.path() == path);
+}
+
+TEST_CASE("a file that is cut while it is open fails the reader by name, and is no signal") {
+    ScratchFolder folder;
+    std::string path = folder / "data", bytes = random_bytes(100000, 5), got(100000, '\0');
+    put_file(path, bytes);
+    FileReader file(path);
+    REQUIRE(truncate(path.c_str(), 50000) == 0);
+    std::string said = message_of<RunFailed>([&] { file.read(0, got.data(), got.size()); });
+    CHECK(contains(said, path));
+    CHECK(contains(said, "50000 of its 100000 bytes"));
+    CHECK_THROWS_AS(file.read(99999, got.data(), 1), RunFailed);
+    file.read(0, got.data(), 50000);
+    CHECK(got.compare(0, 50000, bytes, 0, 50000) == 0);
 }
 
 TEST_CASE("what is no readable file is refused by name") {
     ScratchFolder folder;
-    CHECK(contains(message_of<BadInput>([&] { MappedFile(folder / "absent"); }), folder / "absent"));
-    CHECK(contains(message_of<BadInput>([&] { MappedFile(folder.path()); }), "is a folder"));
+    CHECK(contains(message_of<BadInput>([&] { FileReader(folder / "absent"); }), folder / "absent"));
+    CHECK(contains(message_of<BadInput>([&] { FileReader(folder.path()); }), "is a folder"));
     REQUIRE(mkfifo((folder / "fifo").c_str(), 0600) == 0);
-    CHECK(contains(message_of<BadInput>([&] { MappedFile(folder / "fifo"); }), "no regular file")); // and no hang
+    CHECK(contains(message_of<BadInput>([&] { FileReader(folder / "fifo"); }), "no regular file")); // and no hang
     CHECK(contains(message_of<BadInput>([&] { file_sum(folder / "absent"); }), folder / "absent"));
     put_file(folder / "empty", "");
-    MappedFile empty(folder / "empty");
+    FileReader empty(folder / "empty");
+    char byte;
     CHECK(empty.size() == 0);
-    CHECK_NOTHROW(empty.at(0, 0));
-    CHECK_THROWS_AS(empty.at(0, 1), BadInput);
+    CHECK_NOTHROW(empty.read(0, &byte, 0));
+    CHECK_THROWS_AS(empty.read(0, &byte, 1), BadInput);
 }
 
 TEST_CASE("offsets past 4 GiB") {
@@ -96,11 +117,14 @@ TEST_CASE("offsets past 4 GiB") {
         return;
     }
     close(fd);
-    MappedFile file(path);
+    FileReader file(path);
     CHECK(file.size() == static_cast<size_t>(far) + 8);
-    CHECK(std::memcmp(file.at(far, 8), "far away", 8) == 0);
-    CHECK_THROWS_AS(file.at(far + 1, 8), BadInput);
-    CHECK(*file.at(12345, 1) == 0); // the same offset mod 2^32
+    char got[8];
+    file.read(far, got, 8);
+    CHECK(std::memcmp(got, "far away", 8) == 0);
+    CHECK_THROWS_AS(file.read(far + 1, got, 8), BadInput);
+    file.read(12345, got, 1);
+    CHECK(got[0] == 0); // the same offset mod 2^32
 }
 
 TEST_CASE("a writer writes what it was given, in pieces of any size, and hashes it") {
@@ -119,7 +143,6 @@ TEST_CASE("a writer writes what it was given, in pieces of any size, and hashes 
     writer.close();
     CHECK(get_file(path) == bytes);
     CHECK(writer.hash() == bytes_hash(bytes.data(), bytes.size()));
-    CHECK(file_hash(MappedFile(path)) == writer.hash());
     FileSum sum = file_sum(path);
     CHECK(sum.bytes == bytes.size());
     CHECK(sum.hash == writer.hash());

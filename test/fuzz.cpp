@@ -287,7 +287,7 @@ void attack_weights(const std::string& folder, const std::string& header, int64_
     for (size_t i = 0; i < tensors.size(); i++) tensors[i] = i % 4 == 3 ? 0x3c : static_cast<char>(rng());
     auto read = [&](const std::string& bytes) {
         put_file(folder + "/model.bin", bytes);
-        MappedFile file(folder + "/model.bin");
+        FileReader file(folder + "/model.bin");
         auto [type, model] = open(file);
         demand(int_at(bytes, 0) == int_at(header, 0), "the header is the model's");
         size_t at = 1024;
@@ -308,7 +308,7 @@ TEST_CASE("Pythia weights") {
     static_cast<ModelSizes&>(tiny) = {4, 3, 128, 1, 1, 32};
     std::string header =
         file_of_ints({20261124, 3, 4, 3, 1, 1, 32, 128, 8, 1, 2, 4, 0, 4, 0, 0x40c38800, 0, 0x40000000});
-    attack_weights(folder.path(), header, pythia_tensors(tiny).count(), 18, [&](const MappedFile& file) {
+    attack_weights(folder.path(), header, pythia_tensors(tiny).count(), 18, [&](const FileReader& file) {
         pythia::PythiaConfig config;
         FileType type = read_config(file, config);
         demand(config.rope.dims <= config.D() && config.rope.base >= 1 && config.rope.scale >= 1, "the rope can be");
@@ -324,7 +324,7 @@ TEST_CASE("GPT-2 weights and optimizer states") {
     Device device(0);
     gpt2::Gpt2Config tiny{{4, 3, 128, 1, 1, 32}};
     std::string header = file_of_ints({20240326, 3, 4, 3, 1, 1, 32, 128, 1, 9});
-    attack_weights(folder.path(), header, gpt2_tensors(tiny).count(), 10, [&](const MappedFile& file) {
+    attack_weights(folder.path(), header, gpt2_tensors(tiny).count(), 10, [&](const FileReader& file) {
         gpt2::Gpt2Config config;
         FileType type = read_config(file, config);
         demand(config.tied >= 0, "the rule can be");
@@ -350,7 +350,7 @@ TEST_CASE("GPT-2 weights and optimizer states") {
             std::filesystem::remove(folder / "whole.bin");
             auto read_states = [&](const std::string& bytes) {
                 put_file(folder / "optimizer.bin", bytes);
-                read_state(device, MappedFile(folder / "optimizer.bin"), model.tensors());
+                read_state(device, FileReader(folder / "optimizer.bin"), model.tensors());
                 demand(!memcmp(model.tensors().list[0].states.m, &bytes[1024], 128 * 32 * 2), "the moments are right");
             };
             attack({"states", whole, 20, 300, read_states});

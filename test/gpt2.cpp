@@ -103,7 +103,7 @@ TEST_CASE("bytes of the optimizer's states") {
         other.weights.rule = rule, other.weights.state = type, other.weights.int8_embeddings = embeddings;
         Gpt2 reader(trainer::device(), small, other);
         reader.allocate();
-        read_state(trainer::device(), MappedFile(folder / "optimizer.bin"), reader.tensors());
+        read_state(trainer::device(), FileReader(folder / "optimizer.bin"), reader.tensors());
     };
     read_into(Rule::adamw, StateType::int8, false);
     CHECK_THROWS_AS(read_into(Rule::adamw, StateType::int8, true), BadInput);

@@ -28,7 +28,7 @@ Options options_for(const std::string& positions, int64_t context) {
 
 // A model from a file, as run_gpt2 makes it.
 std::unique_ptr<Gpt2> open(const std::string& path, const Options& options, int64_t B = 1) {
-    MappedFile file(path);
+    FileReader file(path);
     Gpt2Config from;
     FileType type = read_config(file, from);
     int64_t T = options.context;
@@ -182,12 +182,12 @@ TEST_CASE("tied positions are a tiled table whose copies share their gradient") 
 TEST_CASE("the weights file carries the longer table, or the short one and its rule") {
     ScratchFolder folder;
     std::string path = short_model(folder);
-    Header header = read_header(MappedFile(path));
+    Header header = read_header(FileReader(path));
     CHECK(header[8] == 0);
     for (std::string how : {"tile", "tied"}) {
         auto model = open(path, options_for(how, kLong));
         save(*model, folder / "long.bin");
-        header = read_header(MappedFile(folder / "long.bin"));
+        header = read_header(FileReader(folder / "long.bin"));
         CHECK(header[2] == (how == "tied" ? kTable : kLong));
         CHECK(header[8] == (how == "tied"));
         CHECK(header[9] == (how == "tied" ? kLong : 0));

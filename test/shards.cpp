@@ -1,13 +1,15 @@
-// Token shards and the loader: every window exactly once an epoch, in an order that resumes; bad files refused by name
-// and number; files of 4 GiB; mixing by weight.
+// Token shards and the loader: every window exactly once an epoch, in an order that resumes on the same shards alone;
+// bad files refused by name and number, also those that become bad while a run reads them; files of 4 GiB; mixing by
+// weight.
 #include <doctest/doctest.h>
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cmath>
+#include <functional>
 #include <map>
-#include <numeric>
 #include <random>
 #include <set>
 #include <utility>
@@ -18,24 +20,9 @@
 #include "../runtime/errors.h"
 #include "../runtime/shards.h"
 #include "scratch.h"
+#include "shard_files.h"
 
 namespace {
-
-std::string shard_bytes(const std::vector<uint16_t>& tokens, int32_t magic = 20240520, int32_t version = 1,
-                        int64_t count = -1) {
-    std::vector<int32_t> header(256, 0);
-    header[0] = magic, header[1] = version;
-    header[2] = static_cast<int32_t>(count < 0 ? static_cast<int64_t>(tokens.size()) : count);
-    std::string bytes(reinterpret_cast<const char*>(header.data()), 1024);
-    return bytes.append(reinterpret_cast<const char*>(tokens.data()), 2 * tokens.size());
-}
-
-// Tokens first, first+1, …, so that a window tells where it came from.
-std::vector<uint16_t> counting(size_t n, uint16_t first) {
-    std::vector<uint16_t> tokens(n);
-    std::iota(tokens.begin(), tokens.end(), first);
-    return tokens;
-}
 
 std::string refusal(const std::string& glob, int64_t T, int64_t V = 65536) {
     return message_of<BadInput>([&] { Windows(glob, T, V); });
@@ -135,6 +122,55 @@ TEST_CASE("a token of another vocabulary is named with its index, wherever it is
     Windows(path, 10, 65536).read(0, inputs.data(), targets.data());
     CHECK(inputs[0] == 65535); // unsigned
     CHECK_THROWS_AS(Windows(path, 10, 65535).read(0, inputs.data(), targets.data()), BadInput);
+}
+
+TEST_CASE("all ids are checked at the start, and the first bad one is named") {
+    ScratchFolder folder;
+    const size_t count = (size_t(1) << 23) + (1 << 19) + 100; // more than one part of a scan, and than one piece of it
+    std::vector<uint16_t> tokens(count, 7);
+    put_file(folder / "a.bin", shard_bytes(counting(100, 0)));
+    for (size_t at : {count - 1, size_t(1) << 23, (size_t(1) << 19) - 1, size_t(99), size_t(0)}) {
+        tokens[at] = 300;
+        put_file(folder / "b.bin", shard_bytes(tokens));
+        Windows windows(folder / "*.bin", 10, 300);
+        std::string said = message_of<BadInput>([&] { windows.check_ids(); });
+        CHECK(contains(said, (folder / "b.bin") + ": token 300 at index " + std::to_string(at) + " "));
+        CHECK_NOTHROW(Windows(folder / "*.bin", 10, 301).check_ids());
+    }
+    tokens[5] = tokens[1 << 20] = 301;
+    put_file(folder / "b.bin", shard_bytes(tokens));
+    put_file(folder / "a.bin", shard_bytes(std::vector<uint16_t>(100, 302)));
+    std::string said = message_of<BadInput>([&] { Windows(folder / "*.bin", 10, 300).check_ids(); });
+    CHECK(contains(said, (folder / "a.bin") + ": token 302 at index 0 "));
+    CHECK_NOTHROW(Windows(folder / "*.bin", 10, 65536).check_ids()); // no id can be too large
+}
+
+TEST_CASE("a shard that does not stay as it was fails at its next window, by name and without a signal") {
+    ScratchFolder folder;
+    const std::string path = folder / "a.bin", bytes = shard_bytes(counting(3000, 0));
+    std::vector<int32_t> inputs(10), targets(10);
+    auto failure = [&](const std::function<void()>& harm) {
+        put_file(path, bytes);
+        Windows windows(path, 10, 65536);
+        windows.read(298, inputs.data(), targets.data());
+        CHECK(inputs[0] == 2980);
+        harm();
+        std::string said = message_of<RunFailed>([&] { windows.read(298, inputs.data(), targets.data()); });
+        CHECK(contains(said, path));
+        CHECK(contains(said, "resume"));
+        return said;
+    };
+    CHECK(contains(failure([&] { std::filesystem::resize_file(path, 1100); }), "cut from 7024 to 1100 bytes"));
+    CHECK(contains(failure([&] { std::filesystem::resize_file(path, 0); }), "cut from 7024 to 0 bytes"));
+    CHECK(contains(failure([&] { std::filesystem::resize_file(path, 8000); }), "was changed"));
+    CHECK(contains(failure([&] { std::filesystem::remove(path); }), "No such file"));
+    // Another file of the same size, a second later by its date.
+    CHECK(contains(failure([&] {
+                       put_file(path, shard_bytes(counting(3000, 1)));
+                       std::filesystem::last_write_time(path, std::filesystem::last_write_time(path) +
+                                                                  std::chrono::seconds(1));
+                   }),
+                   "was changed"));
 }
 
 TEST_CASE("a shard of 2^31 - 1 tokens, 4 GiB, is read to its last window") {
@@ -358,6 +394,72 @@ TEST_CASE("impossible data positions are refused and change nothing") {
     }
     loader.restore(nlohmann::json({{"drawn", {int64_t(1) << 60, int64_t(1) << 60}}}));
     draw(loader, 10, 10); // far away, still in order
+}
+
+TEST_CASE("a data position knows its shards: the same elsewhere go on, others are named") {
+    ScratchFolder folder;
+    std::filesystem::create_directories(folder / "here");
+    std::filesystem::create_directories(folder / "there");
+    auto put = [&](const std::string& name, size_t count, uint16_t first) {
+        put_file(folder / name, shard_bytes(counting(count, first)));
+    };
+    put("here/a.bin", 301, 0), put("here/b.bin", 301, 1000), put("here/c.bin", 301, 2000);
+    auto sources = [&](const std::string& in) {
+        return std::vector<SourceSpec>{{folder / (in + "/[ab].bin"), 1}, {folder / (in + "/c.bin"), 1}};
+    };
+    Loader here(sources("here"), 10, 65536, 3);
+    draw(here, 10, 7);
+    const std::string text = here.state().dump();
+    CHECK(!contains(text, folder.path()));
+    const nlohmann::json state = nlohmann::json::parse(text);
+    CHECK(state.at("sources")[0].size() == 2);
+    CHECK(state.at("sources")[0][1].at("name") == "b.bin");
+    CHECK(state.at("sources")[0][1].at("tokens") == 301);
+
+    std::vector<int32_t> next = draw(here, 10, 20);
+    auto refusal = [&] {
+        std::string said;
+        try {
+            Loader there(sources("there"), 10, 65536, 3);
+            there.restore(state);
+            CHECK(draw(there, 10, 20) == next);
+            CHECK(there.state() == here.state());
+        } catch (const BadInput& refused) {
+            said = refused.what();
+            CHECK(contains(said, "--init"));
+        }
+        return said;
+    };
+    auto put_all = [&] { put("there/a.bin", 301, 0), put("there/b.bin", 301, 1000), put("there/c.bin", 301, 2000); };
+    put_all();
+    CHECK(refusal() == "");
+    put("there/b.bin", 301, 1001); // as long
+    CHECK(contains(refusal(), "shard 2 in source 1, \"b.bin\", holds other tokens"));
+    put("there/a.bin", 301, 1000), put("there/b.bin", 301, 0); // names exchanged
+    CHECK(contains(refusal(), "shard 1 in source 1, \"a.bin\", holds other tokens"));
+    put_all();
+    put("there/c.bin", 302, 2000); // no window more
+    CHECK(contains(refusal(), "shard 1 in source 2, \"c.bin\", has 302 tokens and had 301"));
+    put_all();
+    std::filesystem::rename(folder / "there/b.bin", folder / "there/B.bin");
+    CHECK(contains(refusal(), "shard 2 in source 1, \"b.bin\", is missing"));
+    put("there/b.bin", 301, 1000), put("there/a0.bin", 301, 0);
+    Loader more({{folder / "there/[ab]*.bin", 1}, {folder / "there/c.bin", 1}}, 10, 65536, 3);
+    std::string said = message_of<BadInput>([&] { more.restore(state); });
+    CHECK(contains(said, "shard 2 in source 1 is \"a0.bin\" and was \"b.bin\""));
+
+    // A checkpoint of an earlier program has numbers alone.
+    nlohmann::json old = state;
+    old.erase("sources");
+    put_all();
+    Loader there(sources("there"), 10, 65536, 3);
+    there.restore(old);
+    CHECK(draw(there, 10, 20) == next);
+    for (const char* bad : {"null", "3", "[]", "[[],3]", "[[{}],[{}]]", "[[3,4],[5]]", "{\"0\":[]}",
+                            "[[{\"name\":3,\"tokens\":3},{}],[{}]]"}) {
+        old["sources"] = nlohmann::json::parse(bad);
+        CHECK_THROWS_AS(there.restore(old), BadInput);
+    }
 }
 
 TEST_CASE("the list of sources") {

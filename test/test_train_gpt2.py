@@ -338,7 +338,7 @@ def test_resume_refuses_harmed_runs_and_other_data(whole, data, tmp_path):
     assert trainer(*options(shards, steps=3), "--out", run).returncode == DONE
     write_shard(shards / "train_2.bin", chain(5000, 9))
     done = trainer("--out", run, "--resume", "--steps", 6)
-    assert done.returncode == BAD_INPUT and "windows" in complaint(done)
+    assert done.returncode == BAD_INPUT and '"train_2.bin", is new' in complaint(done)
 
 
 def test_resume_without_a_run_starts_one(data, tmp_path):

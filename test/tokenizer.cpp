@@ -66,6 +66,18 @@ TEST_CASE("all versions are read and decoded") {
     for (size_t id = 0; id < longer.size(); id++) CHECK(any_length.decode({int32_t(id)}) == longer[id]);
 }
 
+TEST_CASE("the hash is of the tokens and not of the file") {
+    ScratchFolder folder;
+    auto hash_of = [&](const std::vector<std::string>& tokens, int32_t version) {
+        put_file(folder / "t.bin", file_of(tokens, {20240328, version, int32_t(tokens.size()), 0}));
+        return Tokenizer(folder / "t.bin").hash();
+    };
+    CHECK(hash_of({"a", "", "bc"}, 2) == "3f466c3d6a4b04ca"); // as data/test_dataset.py has it from Python
+    CHECK(hash_of({"a", "", "bc"}, 1) == hash_of({"a", "", "bc"}, 2));
+    CHECK(hash_of({"a", "b", "c"}, 2) != hash_of({"a", "", "bc"}, 2));
+    CHECK(hash_of({"", "a", "bc"}, 2) != hash_of({"a", "", "bc"}, 2));
+}
+
 TEST_CASE("what is wrong with a file is said with its name and numbers") {
     ScratchFolder folder;
     std::string path = folder / "t.bin", good = file_of(kTokens, {20240328, 2, 7, 6});
