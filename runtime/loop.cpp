@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <new>
 
 #include "errors.h"
 #include "evaluation.h"
@@ -72,6 +73,11 @@ int run_program(const char* name, const std::function<void()>& body) {
     } catch (const Failure& failure) {
         print_failure(name, failure.what());
         return failure.exit_code;
+    } catch (const std::bad_alloc&) {
+        print_failure(name,
+                      "out of memory: the system, or a limit of this process (ulimit -v, -d), refuses more; lower "
+                      "--context, --batch or --memory");
+        return kRunFailed;
     } catch (const std::exception& error) {
         print_failure(name, error.what());
         return kRunFailed;

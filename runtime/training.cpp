@@ -22,9 +22,6 @@ Run::Run(Options& options, const Device& device, Model& model, const Checkpoint*
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro;
-    if (options.tokens_per_step % micro)
-        throw BadInput("--tokens-per-step " + std::to_string(options.tokens_per_step) +
-                       " is not a multiple of batch x context, " + std::to_string(micro));
     if (!options.train.empty())
         loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
     if (options.steps < 0) {
@@ -156,7 +153,7 @@ void Run::one_step() {
         OptimizerCounts counts = model_.counts(); // waits for the update
         double took = seconds() - start;
         double flops = model_.step_cost(B).flops * micro_steps;
-        double rate = options_.tokens_per_step / took, percent = 100 * flops / took / device_.peak_flops;
+        double rate = options_.tokens_per_step / took, percent = peak_percent(device_, flops / took);
         json event = {{"event", "step"},
                       {"step", step_},
                       {"loss", loss},
