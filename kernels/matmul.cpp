@@ -7,12 +7,14 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
 #include <oneapi/dnnl/dnnl.hpp>
+#include <sys/mman.h>
 
 #include "common.h"
 #include "math.h"
@@ -70,7 +72,17 @@ memory::desc matrix(int64_t rows, int64_t columns, Type type, bool transposed, i
     return memory::desc({rows, columns}, type, strides);
 }
 
+// oneDNN makes a primitive's code in memory that it does not look whether it got (2.6 writes to address 0), tens of
+// pieces of 256 KiB and more; under a limit on the address space that is a crash. So room for them is asked for first.
+void check_room() {
+    constexpr size_t kCode = size_t(16) << 20;
+    void* room = mmap(nullptr, kCode, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (room == MAP_FAILED) throw std::bad_alloc();
+    munmap(room, kCode);
+}
+
 Prepared prepare(const dnnl::engine& engine, const Product& p) {
+    check_room();
     memory::desc a = matrix(p.M, p.K, p.input, p.a_transposed, p.a_row);
     memory::desc b = matrix(p.K, p.N, p.input, p.b_transposed, p.b_row);
     memory::desc bias = p.bias ? matrix(1, p.N, p.input, false) : memory::desc();
@@ -190,8 +202,13 @@ struct Matmul {
         point(DNNL_ARG_SRC, a), point(DNNL_ARG_WEIGHTS, b), point(DNNL_ARG_DST, dst);
         point(DNNL_ARG_SCRATCHPAD, work_space(prepared.scratch));
         if (p.bias) point(DNNL_ARG_BIAS, bias);
-        prepared.primitive.execute(stream, prepared.arguments);
-        stream.wait();
+        try {
+            prepared.primitive.execute(stream, prepared.arguments);
+            stream.wait();
+        } catch (const dnnl::error& e) {
+            if (e.status == dnnl_out_of_memory) throw std::bad_alloc();
+            throw;
+        }
     }
 
     // The product in tiles of dst, whose copies of a and b are at most kCopy floats each where K allows it. Sums are

@@ -14,7 +14,8 @@ struct Device {
     struct Staging* staging = nullptr; // pinned memory of the cuda build
     Target target;
     int threads = 0;
-    double peak_flops = 0; // matmul rate of this machine and precision, measured at opening
+    // Matmul rate of this machine and precision, measured at opening: too low where others were busy on it then.
+    mutable double peak_flops = 0;
 
     // threads 0: all cores. Says so on stderr if only one thread runs.
     explicit Device(int64_t threads);
@@ -24,6 +25,10 @@ struct Device {
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
 };
+
+// Percent of the peak that a rate is, at most 100: a rate beyond the peak proves that to be too low. It then becomes
+// the peak, or what a CPU measures anew by the time that the process had of it.
+double peak_percent(const Device& device, double flops_per_second);
 
 // "cpu fp32, AMD EPYC, 2 threads": the first line of a run.
 std::string device_line(const Device& device);

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <thread>
 #include <vector>
@@ -14,17 +15,27 @@ static double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The best of a few large square products: what a step could reach if it did nothing else.
-static double measure_peak(Matmul* mm) {
-    const int64_t n = 1024;
-    std::vector<real> a(n * n), b(n * n), c(n * n);
-    for (real& x : a) assign(x, 0.5f);
-    for (real& x : b) assign(x, 0.25f);
-    double best = 0, begin = seconds();
-    for (int run = 0; run < 3 || (run < 50 && seconds() - begin < 0.2); run++) {
-        double start = seconds();
-        matmul_forward(mm, c.data(), nullptr, a.data(), b.data(), nullptr, n, n, n);
-        best = std::max(best, matmul_forward_cost(n, n, n).flops / (seconds() - start));
+// What a thread computed on average: a neighbour's turns do not count, but neither do cores that are not there.
+static double thread_seconds() {
+    timespec time{};
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+    return (double(time.tv_sec) + 1e-9 * double(time.tv_nsec)) / omp_get_max_threads();
+}
+
+// The best of some square products by a clock: what a step could reach if it did nothing else. The small ones find a
+// moment between two turns of a busy neighbour, the large ones keep many cores busy.
+static double measure_peak(Matmul* mm, double (*clock)()) {
+    double best = 0;
+    for (int64_t n : {512, 1024}) {
+        std::vector<real> a(n * n), b(n * n), c(n * n);
+        for (real& x : a) assign(x, 0.5f);
+        for (real& x : b) assign(x, 0.25f);
+        const double begin = seconds();
+        for (int run = 0; run < 3 || (run < 50 && seconds() - begin < 0.1); run++) {
+            const double start = clock();
+            matmul_forward(mm, c.data(), nullptr, a.data(), b.data(), nullptr, n, n, n);
+            best = std::max(best, matmul_forward_cost(n, n, n).flops / (clock() - start));
+        }
     }
     return best;
 }
@@ -37,15 +48,21 @@ Device::Device(int64_t wanted) {
 #pragma omp parallel
 #pragma omp single
     threads = omp_get_num_threads();
-    if (threads == 1)
+    if (threads == 1 && wanted != 1 && std::thread::hardware_concurrency() > 1)
         fprintf(stderr, "warning: running on one thread of %u; --threads or OMP_NUM_THREADS set the number\n",
                 std::thread::hardware_concurrency());
     matmul = matmul_open(stream);
-    peak_flops = measure_peak(matmul);
+    peak_flops = measure_peak(matmul, seconds);
 }
 
 Device::~Device() {
     if (matmul) matmul_close(matmul);
+}
+
+double peak_percent(const Device& device, double flops_per_second) {
+    if (flops_per_second > device.peak_flops)
+        device.peak_flops = std::max(flops_per_second, measure_peak(device.matmul, thread_seconds));
+    return 100 * flops_per_second / device.peak_flops;
 }
 
 std::string device_line(const Device& device) {

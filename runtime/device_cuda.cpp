@@ -114,6 +114,11 @@ Device::~Device() {
     cudaStreamDestroy(cuda_stream(stream));
 }
 
+double peak_percent(const Device& device, double flops_per_second) {
+    device.peak_flops = std::max(device.peak_flops, flops_per_second); // memory for another measurement is all taken
+    return 100 * flops_per_second / device.peak_flops;
+}
+
 std::string device_line(const Device& device) {
     cudaDeviceProp gpu = properties();
     char line[512];

@@ -1,6 +1,7 @@
 // Memory that kernels work on.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 
 // Zeroed device memory, 256-byte aligned; throws RunFailed naming the size if the system refuses it. On the CPU pages
 // are taken when first touched.
@@ -20,8 +21,8 @@ void managed_free(void* pointer);
 bool device_is_host();
 
 // What a run may take of the device's memory: all of a GPU's; on the CPU nine tenths of what the system has available
-// or the process's group is allowed, whichever is less. 0 if that cannot be said.
-size_t available_bytes();
+// or the process and its group are allowed, whichever is less, for a run on so many threads. 0 if that cannot be said.
+size_t available_bytes(int64_t threads);
 
 // Most memory this process has had: resident on the CPU, in use of the GPU's on a GPU, in bytes.
 size_t peak_resident_bytes();

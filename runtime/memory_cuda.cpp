@@ -37,7 +37,7 @@ void managed_free(void* pointer) { cudaFree(pointer); }
 bool device_is_host() { return false; }
 
 // Without a GPU the Device says so, better than could be said here.
-size_t available_bytes() {
+size_t available_bytes(int64_t) {
     size_t available = 0, total = 0;
     if (cudaMemGetInfo(&available, &total) == cudaSuccess) return total;
     cudaGetLastError();

@@ -2,6 +2,7 @@
 
 #include "errors.h"
 #include "gpus.h"
+#include "plan.h"
 
 static void check_size(const std::string& text, const std::string& where) { parse_size(text, where); }
 
@@ -252,7 +253,7 @@ std::vector<OptionRow> option_table(const Family& family) {
          {},
          nullptr,
          {"fp32", "bf16"}},
-        {optimizer, "lr", "RATE", "peak learning rate", &O::lr, free, {0, INFINITY, true}},
+        {optimizer, "lr", "RATE", "peak learning rate", &O::lr, free, {0, INFINITY, true, false, true}},
         {optimizer,
          "warmup",
          "STEPS",
@@ -279,11 +280,29 @@ std::vector<OptionRow> option_table(const Family& family) {
          {-1, kMostSteps},
          "a fifth of the steps"},
         {optimizer, "final-lr", "PART", "the last rate, as a fraction of the peak", &O::final_lr, free, {0, 1}},
-        {optimizer, "weight-decay", "X", "on matrices only", &O::weight_decay, fixed, {0, INFINITY}},
-        {optimizer, "beta1", "X", "decay of the first moment", &O::beta1, fixed, {0, 1, false, true}},
-        {optimizer, "beta2", "X", "decay of the second moment", &O::beta2, fixed, {0, 1, false, true}},
-        {optimizer, "eps", "X", "added to the root of the second moment", &O::eps, fixed, {0, INFINITY, true}},
-        {optimizer, "clip", "NORM", "scale gradients down to this norm; 0: off", &O::clip, fixed, {0, INFINITY}},
+        {optimizer,
+         "weight-decay",
+         "X",
+         "on matrices only",
+         &O::weight_decay,
+         fixed,
+         {0, INFINITY, false, false, true}},
+        {optimizer, "beta1", "X", "decay of the first moment", &O::beta1, fixed, {0, 1, false, true, true}},
+        {optimizer, "beta2", "X", "decay of the second moment", &O::beta2, fixed, {0, 1, false, true, true}},
+        {optimizer,
+         "eps",
+         "X",
+         "added to the root of the second moment",
+         &O::eps,
+         fixed,
+         {0, INFINITY, true, false, true}},
+        {optimizer,
+         "clip",
+         "NORM",
+         "scale gradients down to this norm; 0: off",
+         &O::clip,
+         fixed,
+         {0, INFINITY, false, false, true}},
         {optimizer,
          "skip-z",
          "Z",
@@ -395,4 +414,34 @@ std::vector<OptionRow> option_table(const Family& family) {
     };
     std::erase_if(rows, [&](const OptionRow& row) { return row.only && row.only != family.name; });
     return rows;
+}
+
+const std::vector<OptionNeed>& option_needs() {
+    using O = const Options;
+    constexpr auto samples = [](O& o) { return o.sample_every > 0 || o.eval == "sample"; };
+    constexpr auto validates = [](O& o) { return !o.val.empty() || !o.val_every || o.plan || o.plan_json; };
+    constexpr const char *no_samples = "--sample-every 0 makes no samples",
+                         *no_shards = "there is nothing to validate on; give --val GLOB, or leave it out";
+    static const std::vector<OptionNeed> needs = {
+        {"decay-steps", [](O& o) { return o.schedule == "wsd"; },
+         "only --schedule wsd decays for so many steps; leave it out", true},
+        {"final-lr", [](O& o) { return o.schedule != "constant"; }, "--schedule constant stays at --lr; leave it out",
+         true},
+        {"eps", [](O& o) { return o.optimizer == "adamw"; }, "--optimizer lion has no eps; leave it out", true},
+        {"offload",
+         [](O& o) {
+             return !waits_on_host(o, "master") ||
+                    (o.master == "fp32" && plan_target(o).real_bytes < int64_t(sizeof(float)));
+         },
+         "there are no master weights, which only bf16 builds with --master fp32 have; leave master out", true},
+        {"val-every", validates, no_shards, true},
+        {"val-tokens", validates, no_shards, true},
+        {"warmup", [](O& o) { return o.steps < 1 || o.warmup <= o.steps; },
+         "the run ends before its rate has risen to --lr", false},
+        {"sample-tokens", samples, no_samples, false},
+        {"temperature", samples, no_samples, false},
+        {"top-k", samples, no_samples, false},
+        {"host-memory", [](O& o) { return o.offload != "none"; }, "nothing is taken of it with --offload none", false},
+    };
+    return needs;
 }

@@ -17,6 +17,7 @@ enum class OptionScope {
 struct OptionRange {
     double low = 0, high = INFINITY;   // every bound below is exact in a double
     bool above = false, below = false; // strictly
+    bool as_float = false;             // used as a float, and so judged as one too
 };
 
 using OptionMember = std::variant<std::monostate, std::string Options::*, bool Options::*, int64_t Options::*,
@@ -38,3 +39,12 @@ struct OptionRow {
 };
 
 std::vector<OptionRow> option_table(const Family& family);
+
+// When an option that is given does what its name says.
+struct OptionNeed {
+    const char* name;
+    bool (*met)(const Options&);
+    const char* otherwise; // why it does not, as the end of a message
+    bool refused;          // its user must have meant something else; else worth a warning only
+};
+const std::vector<OptionNeed>& option_needs();

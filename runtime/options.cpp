@@ -15,6 +15,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "../kernels/optimizer.h"
 #include "../kernels/types.h"
 #include "checkpoint.h"
 #include "errors.h"
@@ -44,6 +45,22 @@ std::string bounds_text(const OptionRange& range) {
     return low + (range.below ? " and below " : " and at most ") + high;
 }
 
+bool inside(double x, const OptionRange& range) {
+    return (range.above ? x > range.low : x >= range.low) && (range.below ? x < range.high : x <= range.high);
+}
+
+// As a float a value may be Inf, a bound that the value itself keeps, or the 0 that stands for "off".
+void check_as_float(double x, const std::string& text, const std::string& where, const OptionRange& range) {
+    const float f = static_cast<float>(x);
+    const bool in_range = inside(f, range);
+    if (std::isfinite(f) && in_range && (f != 0 || x == 0)) return;
+    const std::string bounds = !std::isfinite(f) ? "at most 3.4e38"
+                               : in_range        ? "0 or at least 1e-45"
+                                                 : bounds_text(range);
+    throw BadInput(where + ": " + text + " is " + number_text(f) + " as a float, the type it is used in; it must be " +
+                   bounds);
+}
+
 template <class T> T parse_number(const std::string& text, const std::string& where, const OptionRange& range) {
     T value{};
     auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
@@ -52,9 +69,10 @@ template <class T> T parse_number(const std::string& text, const std::string& wh
         throw BadInput(where + ": '" + text + "' is not a " + (std::is_floating_point_v<T> ? "" : "whole ") + "number");
     if constexpr (std::is_floating_point_v<T>)
         if (!std::isfinite(value)) throw BadInput(where + ": " + text + " is not a finite number");
-    double x = static_cast<double>(value);
-    bool inside = (range.above ? x > range.low : x >= range.low) && (range.below ? x < range.high : x <= range.high);
-    if (!inside) throw BadInput(where + ": " + text + " is out of range, it must be " + bounds_text(range));
+    if (!inside(static_cast<double>(value), range))
+        throw BadInput(where + ": " + text + " is out of range, it must be " + bounds_text(range));
+    if constexpr (std::is_floating_point_v<T>)
+        if (range.as_float) check_as_float(value, text, where, range);
     return value;
 }
 
@@ -222,6 +240,36 @@ void check_plan(const Options& o) {
         throw BadInput("--gpu " + o.gpu + " and --plan-for cpu exclude each other: leave one out");
 }
 
+// The update's factors at the first step, where the bias corrections are largest.
+void check_update(const Options& o) {
+    const Optimizer first{.lr = float(o.lr),
+                          .beta1 = float(o.beta1),
+                          .beta2 = float(o.beta2),
+                          .eps = float(o.eps),
+                          .weight_decay = float(o.weight_decay),
+                          .rule = o.optimizer == "lion" ? Rule::lion : Rule::adamw};
+    const OptimizerFactors factors(first);
+    if (!std::isfinite(factors.step) || !std::isfinite(factors.keep))
+        throw BadInput("--lr " + number_text(o.lr) +
+                       (std::isfinite(factors.step) ? " times --weight-decay " + number_text(o.weight_decay)
+                                                    : " over 1 - --beta1 " + number_text(o.beta1)) +
+                       " is more than a float holds: give a lower --lr");
+}
+
+// What the command line says without effect. A file may be another run's options.toml, whose values all are there
+// whether they matter or not, so it is not asked.
+void check_effect(const Options& o, const Layer& given, const std::vector<OptionRow>& table) {
+    for (const OptionNeed& need : option_needs()) {
+        const auto found = given.find(need.name);
+        if (found == given.end() || found->second.where != std::string("--") + need.name || need.met(o)) continue;
+        const OptionRow& row = *find_row(table, need.name);
+        if (row.unset && value_text(o, row) == value_text(Options(), row)) continue;
+        const std::string line = found->second.where + " " + found->second.text + ": " + need.otherwise;
+        if (need.refused) throw BadInput(line);
+        fprintf(stderr, "warning: %s\n", line.c_str());
+    }
+}
+
 void check_together(const Options& o, const Family& family) {
     if (!o.model.empty() && !o.init.empty())
         throw BadInput("--model and --init are both given: weights to start from bring their own size, leave one out");
@@ -239,6 +287,7 @@ void check_together(const Options& o, const Family& family) {
                        (o.head_group ? "--head-group" : "--offload residual") +
                        ": where all activations are kept they stay on the device, all heads together; leave one out");
     check_plan(o);
+    if (o.eval.empty()) check_update(o);
     if (o.master == "none" && plan_target(o).real_bytes == sizeof(float))
         throw BadInput("--master none: in an fp32 build there are no other weights to leave out; make PRECISION=bf16");
     if (!o.eval.empty()) {
@@ -384,6 +433,7 @@ Options parse_options(int argc, char** argv, const Family& family) {
         reopen_memory(options, *own, given);
     }
     check_together(options, family);
+    check_effect(options, given, table);
     return options;
 }
 

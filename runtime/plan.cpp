@@ -61,7 +61,7 @@ static Limits plan_limits(const Options& options, const Target& target) {
     else if (gpu)
         limits.device = static_cast<int64_t>(gpu->memory);
     else if (target.cuda == this_target().cuda)
-        limits.device = static_cast<int64_t>(available_bytes());
+        limits.device = static_cast<int64_t>(available_bytes(target.threads));
     return limits;
 }
 
@@ -165,38 +165,45 @@ Choice Planner::choose() const {
                          [&](const Choice& choice) { return seconds(choice) <= kSameTime * least; });
 }
 
-bool Planner::fits(int64_t T) const {
+std::optional<Choice> Planner::leanest(int64_t T) const {
     try {
         for (const Options& candidate : candidates(T, true))
-            if (!weigh(candidate).lacking) return true;
+            if (const Choice choice = weigh(candidate); !choice.lacking) return choice;
     } catch (const BadInput&) { // the model itself cannot be so long
     }
-    return false;
+    return std::nullopt;
 }
 
-// To within half a percent.
-int64_t Planner::largest_context() const {
+Longest Planner::longest() const {
     constexpr int64_t kLongest = 0x7fffffff;
-    int64_t low = 0, high = std::max<int64_t>(options_.context, 1);
-    while (high <= kLongest && fits(high)) low = high, high *= 2;
-    if (!low)
-        while (high > 1 && !low) {
+    Longest found;
+    auto fits = [&](int64_t T) {
+        const std::optional<Choice> choice = leanest(T);
+        if (choice)
+            found = {T, choice->host ? choice->host + limits_.host_outside : 0, choice->options.recompute,
+                     choice->options.offload};
+        return choice.has_value();
+    };
+    int64_t high = std::max<int64_t>(options_.context, 1);
+    while (high <= kLongest && fits(high)) high *= 2;
+    while (!found.context && high > 1)
+        if (fits(high / 2))
+            break;
+        else
             high /= 2;
-            if (fits(high)) low = high, high *= 2;
-        }
-    if (!low) return 0;
-    int64_t unit = 1;
+    if (!found.context) return found;
+    int64_t unit = 1, low = found.context;
     while (512 * unit < high) unit *= 2;
     low = low / unit * unit, high = high / unit * unit;
     while (high - low > unit) {
         const int64_t middle = (low + high) / 2 / unit * unit;
         (fits(middle) ? low : high) = middle;
     }
-    return low;
+    return found;
 }
 
 // What a user reads when it does not fit, in one line.
-static std::string refusal(const Planner& planner, const Choice& best, int64_t largest) {
+static std::string refusal(const Planner& planner, const Choice& best, const Longest& longest) {
     const Limits& limits = planner.limits();
     const std::unique_ptr<Transformer> model = planner.model(best.options);
     const int64_t device = best.arena + limits.device_outside, host = best.host + limits.host_outside;
@@ -209,30 +216,40 @@ static std::string refusal(const Planner& planner, const Choice& best, int64_t l
         line += "what waits on the host takes " + gib(double(host)) + ", " + gib(double(host - limits.host)) +
                 " more than --host-memory";
     return line + "; " +
-           (largest ? "the largest context that fits is " + std::to_string(largest)
-                    : std::string("no context fits: what does not grow with it is too large already"));
+           (longest.context ? "the largest context that fits is " + std::to_string(longest.context)
+                            : std::string("no context fits: what does not grow with it is too large already")) +
+           (longest.host ? ", with --offload " + longest.offload + " and " + gib(double(longest.host)) +
+                               (planner.target().cuda ? " of host memory" : " of disk")
+                         : "");
 }
 
-// For a run that is not as plain as it could be.
+// For a run that is not as simple as it could be.
 static std::string note(const Planner& planner, const Choice& chosen) {
-    const Options &asked = planner.options(), &o = chosen.options;
-    Options plain = asked;
-    if (asked.recompute.empty() && !asked.head_group && !waits_on_host(asked, "residual")) plain.recompute = "none";
-    if (!asked.chunk) plain.chunk = o.batch * o.context;
-    if (asked.offload.empty()) plain.offload = "none";
-    if (plain.recompute == o.recompute && plain.chunk == o.chunk && plain.offload == o.offload) return "";
-    const Choice other = planner.weigh(plain);
+    const Options &o = chosen.options, simplest = planner.simplest();
+    if (o == simplest) return "";
     std::string line = "memory: chosen are --recompute " + o.recompute + " --chunk " + std::to_string(o.chunk);
     if (o.head_group) line += " --head-group " + std::to_string(o.head_group);
     line += " --offload " + o.offload + ", " + gib(double(chosen.arena + planner.limits().device_outside));
-    if (other.lacking)
-        line += "; with everything kept it would be " + gib(double(other.arena + planner.limits().device_outside)) +
-                " of the " + gib(double(planner.limits().device)) + " there are";
+    const int64_t device = planner.weigh(simplest).arena + planner.limits().device_outside;
+    if (planner.limits().device && device > planner.limits().device)
+        line +=
+            std::string("; with ") +
+            (simplest.recompute == "none" ? "everything kept" : "--recompute " + simplest.recompute + " in one piece") +
+            " it would be " + gib(double(device)) + " of the " + gib(double(planner.limits().device)) + " there are";
     return line;
+}
+
+// `options` have their context.
+static void check_batches(const Options& options) {
+    const int64_t micro = options.batch * options.context;
+    if (options.eval.empty() && options.tokens_per_step % micro)
+        throw BadInput("--tokens-per-step " + std::to_string(options.tokens_per_step) +
+                       " is not a multiple of batch x context, " + std::to_string(micro));
 }
 
 bool plan_memory(Options& options, const MakeModel& make) {
     Planner planner(options, make);
+    check_batches(planner.options());
     Choice best = planner.choose();
     const bool report = options.plan || options.plan_json;
     if (report && !best.lacking && !planner.target().cuda && device_is_host() &&
@@ -244,13 +261,15 @@ bool plan_memory(Options& options, const MakeModel& make) {
         planner.set_machine(machine);
         best = planner.weigh(best.options);
     }
-    const int64_t largest = report || best.lacking ? planner.largest_context() : 0;
-    if (report) print_plan(planner, best, largest);
-    if (best.lacking) throw Failure(kPlanDoesNotFit, refusal(planner, best, largest));
+    const Longest longest = report || best.lacking ? planner.longest() : Longest{};
+    const std::string note =
+        best.lacking ? "" : ::note(planner, best); // before the report: what a run says, a plan can
+    if (report) print_plan(planner, best, longest);
+    if (best.lacking) throw Failure(kPlanDoesNotFit, refusal(planner, best, longest));
     if (report) return true;
     options.recompute = best.options.recompute, options.offload = best.options.offload;
     options.chunk = best.options.chunk, options.head_group = best.options.head_group;
     options.planned = {best.arena + planner.limits().device_outside, best.host + planner.limits().host_outside,
-                       peak_phase(planner.model(best.options)->arena()), note(planner, best)};
+                       peak_phase(planner.model(best.options)->arena()), note};
     return false;
 }

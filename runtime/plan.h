@@ -10,6 +10,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,13 @@ struct Choice {
     double useful;            // FLOPs of the mathematics, without what is made again
 };
 
+// The largest context for which there is a way to lay it out that fits; 0: none.
+struct Longest {
+    int64_t context = 0;
+    int64_t host = 0;               // bytes of the host's memory that it needs
+    std::string recompute, offload; // how
+};
+
 class Planner {
 public:
     // Throws BadInput for options that describe no model.
@@ -55,7 +63,10 @@ public:
 
     Choice choose() const; // the best that fits, else what lacks least
     Choice weigh(const Options& chosen) const;
-    int64_t largest_context() const; // 0: none fits
+    Options simplest() const {
+        return candidates(options_.context, false).front();
+    }                        // of all ways, whether it fits or not
+    Longest longest() const; // to within half a percent
     std::unique_ptr<Transformer> model(const Options& chosen) const { return make_(device_, chosen); }
 
     const Target& target() const { return device_.target; }
@@ -73,11 +84,11 @@ private:
     int64_t heads_;
 
     std::vector<Options> candidates(int64_t T, bool extremes) const;
-    bool fits(int64_t T) const;
+    std::optional<Choice> leanest(int64_t T) const; // that fits, with the host only if it must
 };
 
 // --plan and --plan-json, on stdout (plan_report.cpp). `best` need not fit.
-void print_plan(const Planner& planner, const Choice& best, int64_t largest_context);
-std::string plan_json(const Planner& planner, const Choice& best, int64_t largest_context);
+void print_plan(const Planner& planner, const Choice& best, const Longest& longest);
+std::string plan_json(const Planner& planner, const Choice& best, const Longest& longest);
 const char* peak_phase(const Arena& arena);
 std::string gib(double bytes); // "12.34 GiB", or MiB where that says more

@@ -111,7 +111,7 @@ json host_rows(Transformer& model, const Planner& planner, const Choice& best) {
             {"total", best.host + planner.limits().host_outside}};
 }
 
-json report(const Planner& planner, const Choice& best, int64_t largest) {
+json report(const Planner& planner, const Choice& best, const Longest& longest) {
     const std::unique_ptr<Transformer> model = planner.model(best.options);
     const Options& o = best.options;
     const Machine& m = planner.machine();
@@ -153,7 +153,8 @@ json report(const Planner& planner, const Choice& best, int64_t largest) {
                    {"peak_percent", 100 * best.useful / best.seconds / m.flops}};
     all["lacking"] = best.lacking;
     all["fits"] = best.lacking == 0;
-    all["largest_context"] = largest;
+    all["largest_context"] = longest.context, all["largest_context_host"] = longest.host;
+    all["largest_context_options"] = {{"recompute", longest.recompute}, {"offload", longest.offload}};
     return all;
 }
 
@@ -233,6 +234,11 @@ void print_table(const json& all, const Limits& limits) {
            100 * time["assumed_bandwidth"].get<double>(), time["bandwidth"].get<double>() / 1e9,
            time["copies"].get<double>() / 1e9);
     printf("largest context that fits: %lld\n", all["largest_context"].get<long long>());
+    if (all["largest_context_host"] != 0)
+        printf("  with --recompute %s --offload %s and %s of %s\n",
+               text(all["largest_context_options"]["recompute"]).c_str(),
+               text(all["largest_context_options"]["offload"]).c_str(), gib(all["largest_context_host"]).c_str(),
+               all["build"].get<std::string>()[1] == 'u' ? "host memory" : "disk");
     if (all["fits"])
         printf("fits: yes\n");
     else
@@ -242,14 +248,14 @@ void print_table(const json& all, const Limits& limits) {
 
 } // namespace
 
-std::string plan_json(const Planner& planner, const Choice& best, int64_t largest) {
-    return report(planner, best, largest).dump(2);
+std::string plan_json(const Planner& planner, const Choice& best, const Longest& longest) {
+    return report(planner, best, longest).dump(2);
 }
 
-void print_plan(const Planner& planner, const Choice& best, int64_t largest) {
+void print_plan(const Planner& planner, const Choice& best, const Longest& longest) {
     if (planner.options().plan_json)
-        printf("%s\n", plan_json(planner, best, largest).c_str());
+        printf("%s\n", plan_json(planner, best, longest).c_str());
     else
-        print_table(report(planner, best, largest), planner.limits());
+        print_table(report(planner, best, longest), planner.limits());
     fflush(stdout);
 }

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,11 @@ int run_program(const char* name, const std::function<void()>& body) {
         print_failure(name, explain(error));
         bool disk = error.code() == std::errc::io_error || error.code() == std::errc::no_space_on_device;
         return disk ? kRunFailed : kBadInput;
+    } catch (const std::bad_alloc&) {
+        print_failure(name,
+                      "out of memory: the system, or a limit of this process (ulimit -v, -d), refuses more; lower "
+                      "--context, --batch or --memory");
+        return kRunFailed;
     } catch (const std::exception& error) {
         print_failure(name, error.what());
         return kRunFailed;

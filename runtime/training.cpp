@@ -24,9 +24,6 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro;
-    if (options.tokens_per_step % micro)
-        throw BadInput("--tokens-per-step " + std::to_string(options.tokens_per_step) +
-                       " is not a multiple of batch x context, " + std::to_string(micro));
     if (!options.train.empty())
         loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
     as_given_ = options; // what is left open of the schedule is for this number of steps alone
@@ -282,7 +279,7 @@ void Run::one_step() {
         OptimizerCounts counts = model_.counts(); // waits for the update
         double took = seconds() - start;
         double flops = model_.step_cost(B).flops * micro_steps;
-        double rate = options_.tokens_per_step / took, percent = 100 * flops / took / device_.peak_flops;
+        double rate = options_.tokens_per_step / took, percent = peak_percent(device_, flops / took);
         json event = {{"event", "step"},
                       {"step", step_},
                       {"loss", loss},

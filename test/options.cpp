@@ -64,10 +64,11 @@ std::string nasty_text(std::mt19937_64& random) {
     return text;
 }
 
+// Of any size that a float has, but not so large that products of two overflow; and no float itself.
 double positive_double(std::mt19937_64& random) {
     for (;;) {
         double x = std::bit_cast<double>(random() & ~(uint64_t(1) << 63));
-        if (std::isfinite(x) && x > 0) return x;
+        if (x > 0x1p-126 && x < 0x1p60) return x;
     }
 }
 
@@ -399,7 +400,8 @@ TEST_CASE("what a resume may change") {
     ScratchFolder folder;
     std::string out = folder / "run";
     Options o;
-    o.model = "tiny", o.vocab = 300, o.train = "x.bin", o.context = 64, o.tokens_per_step = 64;
+    o.model = "tiny", o.vocab = 300, o.train = "x.bin", o.val = "v.bin", o.context = 64, o.tokens_per_step = 64;
+    o.schedule = "wsd";
     std::filesystem::create_directory(out);
     std::filesystem::create_directories(out + "/step_00000001"); // without a checkpoint nothing binds yet
     put_file(out + "/options.toml", options_toml(o, kFamily));
@@ -407,7 +409,7 @@ TEST_CASE("what a resume may change") {
     size_t seen = 0;
     for (const TomlItem& item : parse_toml(options_toml(o, kFamily), "")) {
         std::string was = item.values.empty() ? "" : item.values[0];
-        std::string other = item.key == "schedule" ? "wsd" : item.string ? "other" : item.array ? "5" : "0.5";
+        std::string other = item.key == "schedule" ? "cosine" : item.string ? "other" : item.array ? "5" : "0.5";
         if (item.key == "model") other = "124M";
         const std::map<std::string, std::string> choices = {
             {"positions", "tile"},  {"optimizer", "lion"}, {"state", "int8"},    {"state-embeddings", "int8"},

@@ -2,8 +2,13 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdio>
+#include <random>
 #include <set>
+
+#include <unistd.h>
 
 // What the trainers include, so that only their own parts land in these namespaces: both call them alike.
 #include "../kernels/attention.h"
@@ -70,7 +75,7 @@ struct Plan {
 
     std::unique_ptr<Transformer> model() const { return planner.model(best.options); }
     const Options& chosen() const { return best.options; }
-    json report() const { return json::parse(plan_json(planner, best, planner.largest_context())); }
+    json report() const { return json::parse(plan_json(planner, best, planner.longest())); }
 };
 
 const Words k124M = {"--model", "124M", "--state", "int8", "--positions", "tied"};
@@ -111,7 +116,7 @@ TEST_CASE("the contexts that the project promises fit the cards") {
         if (row.recompute) CHECK(plan.chosen().recompute == row.recompute);
         if (row.offload) CHECK(plan.chosen().offload == row.offload);
         CHECK(double(plan.best.host) <= row.host_gib * (1 << 30));
-        const int64_t largest = plan.planner.largest_context();
+        const int64_t largest = plan.planner.longest().context;
         CHECK(largest >= plan.chosen().context);
         // Where memory is short it is the backward pass that is.
         Words longest = row.words;
@@ -133,7 +138,7 @@ TEST_CASE("more memory is never slower, nor shorter") {
         for (int gib : {8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 120, 300, 2000}) {
             CAPTURE(gib);
             const Plan plan(*trainer, words + memory(std::to_string(gib) + "GiB"));
-            const int64_t largest = plan.planner.largest_context();
+            const int64_t largest = plan.planner.longest().context;
             CHECK(largest >= longest);
             longest = largest;
             if (plan.best.lacking) continue;
@@ -143,7 +148,7 @@ TEST_CASE("more memory is never slower, nor shorter") {
         CHECK(std::isfinite(slowest));
         longest = 0;
         for (const char* size : {"3MiB", "1GiB", "10GiB", "50GiB", "100GiB"}) {
-            const int64_t largest = Plan(*trainer, words + memory("16GiB") + host(size)).planner.largest_context();
+            const int64_t largest = Plan(*trainer, words + memory("16GiB") + host(size)).planner.longest().context;
             CHECK(largest >= longest);
             longest = largest;
         }
@@ -202,7 +207,8 @@ TEST_CASE("a plan is the layout of the run") {
         for (const char* recompute : {"none", "block", "full"})
             for (const char* chunk : {"0", "96"})
                 for (const char* group : {"0", "1"})
-                    for (const char* offload : {"none", "residual", "state,master"}) {
+                    for (const char* offload :
+                         {"none", "residual", device.target.real_bytes == 2 ? "state,master" : "state"}) {
                         const bool keeps = recompute == std::string("none");
                         if (keeps && (*group == '1' || offload == std::string("residual"))) continue;
                         const Plan plan(*trainer,
@@ -326,4 +332,116 @@ TEST_CASE("a run takes what fits, or says what would") {
 
     Options none = parsed(kGpt2, run + memory("1MiB"));
     CHECK(contains(message_of<Failure>([&] { plan_memory(none, kGpt2.make); }), "no context fits"));
+}
+
+namespace {
+
+// What each of some options may be; "" leaves it out.
+using Factors = std::vector<std::pair<std::string, Words>>;
+
+// Choices, one for each factor, such that any two choices of two factors come together at least once.
+std::vector<std::vector<size_t>> pairwise(const Factors& factors, uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::set<std::array<size_t, 4>> missing; // factor, choice, factor, choice
+    for (size_t a = 0; a < factors.size(); a++)
+        for (size_t b = 0; b < a; b++)
+            for (size_t i = 0; i < factors[a].second.size(); i++)
+                for (size_t j = 0; j < factors[b].second.size(); j++) missing.insert({a, i, b, j});
+    auto news = [&](const std::vector<size_t>& row) {
+        std::vector<std::array<size_t, 4>> found;
+        for (size_t a = 0; a < row.size(); a++)
+            for (size_t b = 0; b < a; b++)
+                if (missing.count({a, row[a], b, row[b]})) found.push_back({a, row[a], b, row[b]});
+        return found;
+    };
+    std::vector<std::vector<size_t>> rows;
+    while (!missing.empty()) {
+        std::vector<size_t> best(factors.size());
+        for (int i = 0; i < 50; i++) {
+            std::vector<size_t> row;
+            for (const auto& factor : factors) row.push_back(random() % factor.second.size());
+            const auto& [a, choice, b, other] = *missing.begin();
+            row[a] = choice, row[b] = other;
+            if (i == 0 || news(row).size() > news(best).size()) best = row;
+        }
+        for (const auto& pair : news(best)) missing.erase(pair);
+        rows.push_back(best);
+    }
+    return rows;
+}
+
+// The exit code of what a trainer does with these words, up to its first step.
+int outcome(const Trainer& trainer, const Words& words) {
+    try {
+        Options o = parsed(trainer, words);
+        if (plan_memory(o, trainer.make)) return kDone;
+        const Device device(plan_target(o));
+        CHECK(int64_t(trainer.make(device, o)->arena().bytes()) < o.planned.bytes);
+        return kDone;
+    } catch (const Failure& failure) {
+        return failure.exit_code;
+    }
+}
+
+} // namespace
+
+TEST_CASE("a plan and its run agree, whatever memory options they are given") {
+    if (!device_is_host()) return; // --memory then plans for another build than a run's
+    const Factors factors = {{"--recompute", {"", "none", "block", "full"}},
+                             {"--offload", {"", "none", "residual", "state", "residual,state", "master"}},
+                             {"--head-group", {"", "1", "9"}},
+                             {"--chunk", {"", "16", "100000"}},
+                             {"--memory", {"", "38MiB", "1MiB"}},
+                             {"--host-memory", {"", "1KiB", "1GiB"}},
+                             {"--master", {"", "none"}},
+                             {"--batch", {"", "3"}},
+                             {"--tokens-per-step", {"", "768", "1000"}}};
+    std::set<int> outcomes;
+    const int stdout_copy = dup(STDOUT_FILENO);
+    int row_number = 0;
+    for (const std::vector<size_t>& row : pairwise(factors, 11)) {
+        Words words = {"--model", "2,64,2", "--vocab", "500", "--context", "256", "--threads", "1"};
+        std::string line;
+        for (size_t i = 0; i < row.size(); i++)
+            if (const std::string& value = factors[i].second[row[i]]; !value.empty())
+                words = words + Words{factors[i].first, value}, line += factors[i].first + " " + value + " ";
+        CAPTURE(line);
+        const Trainer& trainer = row_number++ % 2 ? kPythia : kGpt2;
+        fflush(stdout);
+        demand(freopen("/dev/null", "w", stdout) != nullptr, "stdout can be sent away");
+        const int plan = outcome(trainer, words + Words{"--plan", "--plan-for", "cpu"});
+        fflush(stdout);
+        dup2(stdout_copy, STDOUT_FILENO);
+        const int run = outcome(trainer, words + Words{"--train", "x.bin", "--out", "/nowhere/run"});
+        CHECK(plan == run);
+        outcomes.insert(run);
+    }
+    close(stdout_copy);
+    CHECK(outcomes == std::set<int>{kDone, kBadInput, kPlanDoesNotFit});
+}
+
+TEST_CASE("the largest context says what it needs of the host") {
+    const Words words = k124M + context(4096) + memory("8GiB");
+    const Longest alone = Plan(kGpt2, words + kAlone).planner.longest(), longest = Plan(kGpt2, words).planner.longest();
+    CHECK(alone.host == 0);
+    CHECK(alone.offload == "none");
+    CHECK(longest.context > alone.context);
+    CHECK(longest.offload != "none");
+    const Plan that(kGpt2, k124M + context(longest.context) + memory("8GiB") + Words{"--offload", longest.offload} +
+                               Words{"--recompute", longest.recompute});
+    CHECK(that.best.lacking == 0);
+    CHECK(that.best.host + that.planner.limits().host_outside == longest.host);
+    const json report = Plan(kGpt2, words).report();
+    CHECK(report.at("largest_context_host") == longest.host);
+    CHECK(report.at("largest_context_options").at("offload") == longest.offload);
+}
+
+TEST_CASE("a rate beyond the peak shows that it was measured too low") {
+    const Device device(1);
+    device.peak_flops = 2; // as on a machine that others keep from its work
+    CHECK(peak_percent(device, 1) == 50);
+    CHECK(peak_percent(device, 1e6) <= 100);
+    if (device_is_host()) CHECK(device.peak_flops > 1e7); // measured again
+    CHECK(peak_percent(device, 1e30) == 100);
+    CHECK(peak_percent(device, 5e29) == 50);
 }

@@ -37,9 +37,9 @@ def trainer(*args, program="train_gpt2", precision="fp32", **kwargs):
 
 
 def complaint(done):
-    """What a trainer said on stderr: one line, apart from the warning that a machine of one core always brings."""
+    """What a trainer said on stderr: one line, apart from warnings."""
     stderr = done if isinstance(done, str) else done.stderr
-    lines = [line for line in stderr.strip().splitlines() if not line.startswith("warning: running on one thread")]
+    lines = [line for line in stderr.strip().splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, stderr
     return lines[0]
 
@@ -52,6 +52,10 @@ def options(data, **changes):
         "sample-every": 6, "sample-tokens": 8, "save-every": 3, "keep": 0,
     }
     chosen.update({name.replace("_", "-"): value for name, value in changes.items()})
+    if chosen["val"] is None:
+        chosen = {name: value for name, value in chosen.items() if not name.startswith("val")}
+    if chosen["sample-every"] == 0:
+        del chosen["sample-tokens"]
     return [str(word) for name, value in chosen.items() if value is not None for word in (f"--{name}", value)]
 
 

@@ -4,6 +4,7 @@ that what a run has resident is what its plan says."""
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -42,6 +43,44 @@ def test_exit_codes():
         complaint(bad)
 
 
+@pytest.mark.parametrize("words", [["--offload", "residual"], ["--head-group", "1"]], ids=" ".join)
+def test_a_way_to_recompute_is_chosen_for_what_needs_one(data, tmp_path, words):
+    """Both exclude --recompute none: the plan's choice is the run's, afresh and on a resume."""
+    run = tmp_path / "run"
+    chosen = plan_of([*options(data), *words])["options"]["recompute"]
+    assert chosen != "none"
+    done = trainer(*options(data, steps=3), *words, "--out", run)
+    assert done.returncode == DONE, done.stderr
+    assert recorded(run)["recompute"] == chosen
+    done = trainer("--out", run, "--resume", "--steps", 4, "--chunk", 64, *words)
+    assert done.returncode == DONE, done.stderr
+
+
+def limited(limit, kilobytes, *words):
+    command = shlex.join([str(BUILDS["fp32"] / "train_gpt2"), *map(str, words)])
+    return subprocess.run(["bash", "-c", f"ulimit {limit} {kilobytes} && {command}"], capture_output=True, text=True,
+                          timeout=300, cwd=ROOT)
+
+
+def test_a_limit_on_the_address_space_is_planned_with(data, tmp_path):
+    """ulimit -v: a run that cannot fit is refused before it begins, and none crashes in a library that is given no
+    memory (oneDNN writes to address 0)."""
+    words = options(data, model="1,1024,32", vocab=512, context=256, batch=1, tokens_per_step=256, steps=1, warmup=0,
+                    val=None, sample_every=0, threads=1, recompute="none", offload="none")
+    planned = plan_of(words)["device"]["total"] // 1024
+    for limit in ("-v", "-d"):
+        plan, run = (limited(limit, planned + 40000, *words, *more) for more in (["--plan"], ["--out", tmp_path / "run"]))
+        assert plan.returncode == run.returncode == DOES_NOT_FIT, (plan.stderr, run.stderr)
+        assert "context 256 does not fit" in complaint(plan) and "context 256 does not fit" in complaint(run)
+        assert not (tmp_path / "run").exists()
+    # --memory is taken at its word: what is missing then is missed while the run goes on.
+    for room in range(24000, 44000, 4000):
+        done = limited("-v", planned + room, *words, "--memory", "1GiB", "--out", tmp_path / str(room))
+        assert done.returncode in (DONE, FAILED), done
+        if done.returncode == FAILED:
+            assert "memory" in complaint(done)
+
+
 def test_a_run_that_does_not_fit_writes_nothing(data, tmp_path):
     done = trainer(*options(data), "--memory", "1MiB", "--out", tmp_path / "run")
     assert done.returncode == DOES_NOT_FIT
@@ -64,9 +103,11 @@ def test_the_json_adds_up(program, model):
     assert plan["largest_context"] >= 65536
     assert max(plan["phases"], key=lambda phase: phase["bytes"])["name"] == plan["peak_phase"]
     assert {saving["option"] for saving in plan["savings"]} == {"--state int8", "--master none", "--grad bf16"}
+    assert plan["largest_context_host"] > 0 and "residual" in plan["largest_context_options"]["offload"]
     # The table shows the same.
     table = trainer("--plan", *words, program=program).stdout
     assert f"{plan['device']['total'] / 2**30:.2f} GiB   of" in table
+    assert f"and {plan['largest_context_host'] / 2**30:.2f} GiB of host memory\nfits: yes" in table
 
 
 def plan_of(words, program="train_gpt2", precision="fp32"):

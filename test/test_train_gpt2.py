@@ -1,6 +1,7 @@
 """The trainer from the outside: its files, its exit codes, and that nothing that befalls a run changes its result."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -475,9 +476,12 @@ def test_help_names_every_option(whole):
         assert f"--{name} " in done.stdout, name
 
 
-def test_one_thread_is_warned_of(data, tmp_path):
-    done = trainer(*options(data, steps=1, threads=1), "--out", tmp_path / "run")
-    assert done.returncode == DONE and "one thread" in done.stderr
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread")
+def test_one_thread_is_warned_of_unless_it_was_asked_for(data, tmp_path):
+    for name, chosen, warned in (("inherited", {}, True), ("asked", {"threads": 1}, False)):
+        done = trainer(*options(data, steps=1, **chosen), "--out", tmp_path / name,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == DONE and ("one thread" in done.stderr) == warned, done.stderr
 
 
 @pytest.mark.long
