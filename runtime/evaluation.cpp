@@ -41,7 +41,7 @@ std::string generate(const Options& options, Model& model, const Text& text, int
     bool prompted = !ids.empty();
     if (!prompted) ids = {text.first_token()};
     std::vector<float> logits(V);
-    int64_t window = 0, cached = 0; // rows of ids[window…] that the model has seen
+    int64_t window = 0, cached = 0;                                  // rows of ids[window…] that the model has seen
     if (int64_t size = static_cast<int64_t>(ids.size()); size > T) { // what leaves room for the sample, at least half
         const int64_t kept = std::max((T + 1) / 2, T + 1 - options.sample_tokens);
         window = size - kept;
