@@ -13,7 +13,7 @@ def test_a_demo_stays_until_a_new_text_proves_usable(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "train_gpt2").write_text("#!/bin/sh\nmkdir demo/run\n")
     (tmp_path / "train_gpt2").chmod(0o755)
-    (tmp_path / "good.txt").write_text((ROOT / "README.md").read_text() * 4)
+    (tmp_path / "good.txt").write_text("\n".join(path.read_text() for path in (ROOT / "scripts").glob("*.py")))
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "strange.txt").write_bytes(b"\xff" * 9000)
     assert call(tmp_path / "scripts/demo.sh", tmp_path / "good.txt").returncode == 0
