@@ -113,7 +113,7 @@ build/common/test_%: build/common/test/%.o build/common/test/main.o build/common
 .SECONDARY:
 $(eval $(call BUILD_RULES,cpu,))
 $(eval $(call BUILD_RULES,cpu-bf16,-DPRECISION_BF16=1))
-$(eval $(call BUILD_RULES,cpu-asan,-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
+$(eval $(call BUILD_RULES,cpu-asan,-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
 # The simt builds: the CUDA kernels on the CPU, compiled by g++ against dev/simt. Only kernels and the tests of dev/simt
 # are instrumented: every access calls a function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays
 # as the source has it. No tail calls: a report's line is that of the call's return address.
@@ -238,7 +238,7 @@ test:
 	@python3 test/run.py
 test-cpu:
 	@dev/setup.sh test
-	@python3 test/run.py cpu cpu-bf16 asan
+	@python3 test/run.py common cpu cpu-bf16 asan
 test-simt:
 	@dev/setup.sh test
 	@python3 test/run.py simt

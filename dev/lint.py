@@ -20,6 +20,8 @@ COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
 INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # What types.h and the builds' flags make different.
 DIFFERS = re.compile(r"\b(real|kPrecision|kRealEpsilon|PRECISION_BF16|LONGHAND_SIMT|LONGHAND_GPU|__CUDACC__)\b")
+# Declared for common sources, but defined in each build.
+ANSWERED_BY_BUILD = re.compile(r"\bplan_target\b")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
@@ -67,18 +69,33 @@ def reached(path, seen):
     return seen
 
 
+def names(source, words):
+    """Whether a source or a header of it has one of these words, apart from types.h."""
+    return any(words.search(re.sub(r"//.*", "", path.read_text(encoding="utf-8")))
+               for path in reached(source, set()) if path != ROOT / "kernels" / "types.h")
+
+
 def is_common(source):
-    """Whether a source is the same in every build: neither it nor a header of it names what differs between them."""
-    return not any(DIFFERS.search(re.sub(r"//.*", "", path.read_text(encoding="utf-8")))
-                   for path in reached(source, set()) if path != ROOT / "kernels" / "types.h")
+    """Whether a source of runtime/ is the same in every build."""
+    return not names(source, DIFFERS)
+
+
+def is_common_test(test):
+    """Whether a test is the same in every build, and so is all that it calls."""
+    return not names(test, DIFFERS) and not names(test, ANSWERED_BY_BUILD)
 
 
 def check_common(complain):
-    """What the Makefile compiles once for all builds must be the same in all of them."""
-    listed = re.search(r"^COMMON = (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
-    for name in listed.split():
-        if not is_common(ROOT / "runtime" / f"{name}.cpp"):
-            complain(f"runtime/{name}.cpp: is in COMMON of the Makefile, but what it includes differs between builds")
+    """The Makefile's COMMON is exactly the sources that are the same in every build."""
+    listed = re.search(r"^COMMON = ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    listed = set(listed.replace("\\", " ").split())
+    for path in sorted((ROOT / "runtime").glob("*.cpp")):
+        if path.stem.endswith(("_cpu", "_cuda")):
+            continue
+        if path.stem in listed and not is_common(path):
+            complain(f"runtime/{path.name}: is in COMMON of the Makefile, but what it includes differs between builds")
+        if path.stem not in listed and is_common(path):
+            complain(f"runtime/{path.name}: is the same in every build; add it to COMMON of the Makefile")
 
 
 def check_text(complain):

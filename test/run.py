@@ -166,7 +166,7 @@ def tests():
     simulator = [n for n in names if n.startswith("simt")]
     kernels = [n for n in names if n in KERNEL_TESTS or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
     rest = [n for n in names if n not in simulator and n not in kernels]
-    common = [n for n in rest if lint.is_common(ROOT / "test" / f"{n}.cpp")]
+    common = [n for n in rest if lint.is_common_test(ROOT / "test" / f"{n}.cpp")]
     return simulator, kernels, common, [n for n in rest if n not in common]
 
 
