@@ -169,7 +169,7 @@ def run_python(tally, long):
     if not build(tally, "trainers", [f"build/{name}/{trainer}" for name in ("cpu", "cpu-bf16", "simt", "simt-bf16") for trainer in TRAINERS]):
         return
     python = ROOT / ".venv" / "bin" / "python"
-    for folder in ("data", "scripts", "test"):
+    for folder in ("data", "scripts", "test", "test/trials"):
         files = sorted(str(path) for path in (ROOT / folder).glob("test_*.py"))
         for file in files:
             start = time.monotonic()
@@ -188,6 +188,9 @@ def run_python(tally, long):
                 tally.reasons.append(f"{name}: {found['deselected']} long ones (make test-long runs them)")
             tally.reasons += [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
             report(name, seconds, f"{found.get('passed', 0)} passed" + (f", {failed} FAILED" if failed else ""))
+            for line in done.stdout.splitlines():
+                if line.startswith("covered "):
+                    print(f"    {line}", flush=True)
             if failed:
                 print((done.stdout + done.stderr)[-8000:], flush=True)
 

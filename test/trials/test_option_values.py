@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from trials import (CODES, PROGRAMS, VOCAB, covered, changed, hold, is_finite, precisions, snapshot, whole_checkpoints,
+from trials import (CODES, PROGRAMS, VOCAB, Trial, covered, changed, hold, is_finite, is_number, precisions, snapshot, whole_checkpoints,
                     write_data)
 
 LONG_ENOUGH = 3  # seconds, after which a run that was asked to be endless is asked to stop
-OPTION = re.compile(r"^[* ] --([a-z0-9-]+)(?: (\S+))?  ", re.M)
+OPTION = re.compile(r"^([* ]) --([a-z0-9-]+)(?: (\S+))?  ((?:.*\n)(?:   .*\n)*)", re.M)
 COUNTS = ["0", "1", "2", "3", "4", "5", "7", "8", "16", "32", "64", "127", "1000", "65536", "2147483647", "2147483648",
           "4294967296", "1000000000000", "9223372036854775807"]
 FLOATS = ["0", "1", "2", "0.5", "0.9", "0.99999", "0.9999999999", "1e-3", "1e-8", "1e-30", "1e-44", "1e-46", "1e-50",
@@ -40,12 +40,13 @@ ONLY_RUNS = {"train", "val", "tokenizer", "prompt-tokens", "out", "resume", "eva
 
 
 def option_table(trial, program):
-    """Each option of a program's --help, and what it calls its value; "" for a flag."""
+    """Of each option of a program's --help: what it calls the value ("" for a flag), the words of its description, some
+    of which are values, and whether a resumed run may change it."""
     text = subprocess.run([trial.binary(program), "--help"], capture_output=True, text=True).stdout
-    found = {name: value or "" for name, value in OPTION.findall(text)}
-    assert len(found) > 40 and found["resume"] == "" and found["lr"] == "RATE"
-    choices = set(re.findall(r"\b[a-z][a-z0-9-]{2,}\b", text))
-    return found, sorted(choices)
+    found = {name: (value or "", re.findall(r"[a-z0-9][a-z0-9.,-]*[a-z0-9]", description), star == "*")
+             for star, name, value, description in OPTION.findall(text)}
+    assert len(found) > 40 and found["resume"][0] == "" and found["lr"][0] == "RATE" and "full" in found["recompute"][1]
+    return found
 
 
 def base(eval_=""):
@@ -58,11 +59,11 @@ def base(eval_=""):
                 "sample-every": 4, "save-every": 2, "keep": 2, "warmup": 1, "out": "new"}
 
 
-def hostile(trial, named, choices):
-    """Half of the values are of the kind that the option takes, so that they come as far as the kernels."""
-    near = next((globals()[kind] for kind, names in KINDS.items() if named in names.split()), choices)
-    any_kind = trial.rng.choice([COUNTS, FLOATS, NO_NUMBERS, SIZES, TEXTS, PATHS, choices])
-    return trial.rng.choice(near if trial.chance(0.65) else any_kind)
+def hostile(trial, named, described):
+    """Most values are of the kind that the option takes, so that they come as far as the kernels."""
+    near = next((globals()[kind] for kind, names in KINDS.items() if named in names.split()), described)
+    any_kind = trial.rng.choice([COUNTS, FLOATS, NO_NUMBERS, SIZES, TEXTS, PATHS, described])
+    return trial.rng.choice(near if trial.chance(0.7) else any_kind)
 
 
 def line(trial, o):
@@ -91,8 +92,6 @@ def runs(tmp_path_factory):
     made = {}
     for program in PROGRAMS:
         for precision in precisions():
-            from trials import Trial
-
             folder = tmp_path_factory.mktemp(f"{program}_{precision}")
             write_ground(folder)
             trial = Trial(0, folder)
@@ -123,27 +122,26 @@ def option_values(trial, runs):
     shutil.copytree(runs[program, precision], trial.folder, symlinks=True, dirs_exist_ok=True)
     subprocess.run(["mkfifo", trial.folder / "fifo"], check=True)
     binary = trial.binary(program, precision)
-    table, choices = option_table(trial, program)
+    table = option_table(trial, program)
     kind = rng.choice(["run", "run", "run", "resume", "resume", "loss", "sample", "logits"])
     if kind == "run":
         o = base()
     elif kind == "resume":
-        o = {"resume": True, "out": "run", "steps": 8, "threads": 1}
+        o = {"resume": True, "out": "run", "steps": 20, "threads": 1}
         if trial.chance(0.5):
             o |= {"save-every": 1, "keep": rng.choice([1, 2])}
     else:
         o = base(kind)
-    names = rng.sample(sorted(table), rng.choice([1, 1, 2]))
-    if trial.chance(0.3):  # the optimizer's are numbers that no check of a range can judge alone
-        names = rng.sample(["lr", "eps", "beta1", "beta2", "weight-decay", "clip", "final-lr", "warmup"], rng.choice([1, 2]))
+    useful = [name for name in sorted(table) if kind != "resume" or table[name][2] or trial.chance(0.1)]
+    if trial.chance(0.3):  # the optimizer's numbers, which no range can judge each by itself
+        useful = [name for name in useful if table[name][0] in ("RATE", "X", "PART", "NORM")]
+    names = rng.sample(useful, rng.choice([1, 1, 2]))
     for name in names:
-        o[name] = True if table[name] == "" else hostile(trial, table[name], choices)
+        o[name] = hostile(trial, *table[name][:2]) if table[name][0] else True
         if name in ("model", "init"):
             o.pop("init" if name == "model" else "model", None)
     covered[f"option values: {kind}"] += 1
     before = snapshot_of(trial)
-    healthy = [name for name in whole_checkpoints(trial.folder / "run")
-               if is_finite(trial.folder / "run" / name / "model.bin")]
     compare = kind == "run" and not set(names) & ONLY_RUNS
     if compare:
         planned, _ = trial.run([binary, *line(trial, o), "--plan", "--plan-for", "cpu"],
@@ -158,13 +156,14 @@ def option_values(trial, runs):
     if compare:
         trial.check((planned if planned in (2, 3) else 0) == (code if code in (2, 3) else 0),
                     f"--plan ended with {planned}, the run with {code}")
-    trial.check(not any(name.startswith(("data/", "secret", "empty.bin", "loop")) for name in difference),
-                f"inputs changed: {difference[:5]}")
+    lost = [name for name in difference if name in before and not name.startswith(("run", "stderr.txt"))]
+    trial.check(not lost, f"inputs changed: {lost[:5]}")
     folder = o.get("out", "") if "help" not in o else ""
     if kind == "resume" and folder == "run":
-        after_it(trial, program, binary, healthy, code, said)
+        check_health(trial, binary, trial.folder / "run", code, said)
+        go_on(trial, program, binary, code)
     elif kind == "run" and folder == "new" and code in (0, 1, 4):
-        check_health(trial, trial.folder / "new", code, said)
+        check_health(trial, binary, trial.folder / "new", code, said)
 
 
 def snapshot_of(trial):
@@ -173,23 +172,32 @@ def snapshot_of(trial):
     return found
 
 
-def check_health(trial, run, code, said):
+def is_healthy(trial, binary, checkpoint):
+    """Whether its weights are numbers and give a loss that is one."""
+    if not is_finite(checkpoint / "model.bin"):
+        return False
+    done = subprocess.run([binary, "--eval", "loss", "--init", checkpoint, "--val", "data/val_0.bin", "--val-tokens", "64",
+                           "--memory", "1GiB", "--threads", "1"], cwd=trial.folder, capture_output=True, text=True)
+    return done.returncode == 0 and is_number(done.stdout.split()[1])
+
+
+def check_health(trial, binary, run, code, said):
     """What is recommended to go on from has to be of numbers."""
     whole = whole_checkpoints(run)
     if code == 0:
-        trial.check(whole and is_finite(run / whole[-1] / "model.bin"), "done with weights that are no numbers")
-    for name in re.findall(r"step_\d{8}", " ".join(l for l in said.splitlines() if not l.startswith("warning"))):
-        trial.check(name not in whole or is_finite(run / name / "model.bin"), f"advises {name}, which holds no numbers")
+        trial.check(whole and is_healthy(trial, binary, run / whole[-1]), "done with weights that give no loss")
+    advice = " ".join(line for line in said.splitlines() if not line.startswith("warning"))
+    for name in re.findall(r"step_\d{8}", advice):
+        trial.check(name not in whole or is_healthy(trial, binary, run / name), f"advises {name}, which gives no loss")
 
 
-def after_it(trial, program, binary, healthy, code, said):
-    """A run that could go on before can do so after whatever failed."""
+def go_on(trial, program, binary, code):
+    """A run that could go on before can do so whatever has failed since."""
     run = trial.folder / "run"
-    check_health(trial, run, code, said)
-    trial.check(any(is_finite(run / name / "model.bin") for name in whole_checkpoints(run)),
-                f"{len(healthy)} checkpoints held numbers before, none does now")
+    trial.check(any(is_healthy(trial, binary, run / name) for name in whole_checkpoints(run)),
+                "the checkpoints gave a loss before, none does now")
     if code == 1:
-        again, _ = trial.run([binary, "--resume", "--out", "run", "--steps", 10, "--lr", "1e-4", "--warmup", 1], program)
+        again, _ = trial.run([binary, "--resume", "--out", "run", "--steps", 22, "--lr", "1e-4", "--warmup", 1], program)
         trial.check(again == 0, "with good options, too, it cannot go on")
 
 

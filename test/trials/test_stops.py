@@ -38,9 +38,10 @@ def configuration(rng):
         "schedule": rng.choice(["cosine", "wsd", "constant", "linear"]),
         "optimizer": rng.choice(["adamw", "adamw", "lion"]), "state": rng.choice(["fp32", "bf16", "int8"]),
         # What is left open is chosen by the speed of the moment, and two runs may then differ in rounding.
-        "recompute": rng.choice(["none", "block", "full"]), "chunk": rng.choice([8, 16, 32]), "head-group": 0,
-        "offload": "none",
+        "recompute": rng.choice(["none", "block", "full"]), "chunk": rng.choice([8, 16, 32]), "offload": "none",
     }
+    if o["recompute"] != "none":
+        o["head-group"] = 1
     if rng.random() < 0.6:
         o |= {"val": "data/val_*.bin", "val-every": rng.choice([1, 5, 9]), "val-tokens": rng.choice([64, 0])}
     if rng.random() < 0.3:
@@ -52,8 +53,6 @@ def configuration(rng):
     if rng.random() < 0.4:
         waits = ["state"] + ["residual"] * (o["recompute"] != "none") + ["master"] * (o.get("master") == "fp32")
         o["offload"] = ",".join(rng.sample(waits, rng.randrange(1, len(waits) + 1)))
-    if not o["head-group"]:
-        del o["head-group"]
     return program, precision, [str(word) for name, value in o.items() for word in (f"--{name}", value)]
 
 
@@ -303,6 +302,9 @@ def disturb(trial, whole, run, command):
     least = min(len(before), whole["keep"]) if whole["keep"] else len(before)
     trial.check(len(after) >= least, f"{len(before)} whole checkpoints before, {len(after)} after")
     trial.check(not before or after[-1] >= before[-1], "the newest checkpoint is gone")
+    if code and name in ("cut shard", "spoil shard"):
+        steps = [event["step"] for event in json_lines(run / "log.jsonl") if event["event"] in ("step", "skip")]
+        trial.check(not steps or (after and after[-1] == f"step_{steps[-1]:08d}"), "data failed, and steps are lost")
     if code == 4:
         trial.check(after, "stopped with exit code 4 and no checkpoint")
         trial.check("--resume" in said, "stopped without saying how to go on")
@@ -332,17 +334,16 @@ def stops(trial, undisturbed):
         log_whole = between(trial, whole, run) and log_whole
     code, _ = trial.run(command(), whole["program"])
     trial.check(code == 0, "it cannot go on to its end")
+    mine, theirs = course(json_lines(run / "log.jsonl")), course(whole["log"])
+    if not log_whole:  # what was lost is lost; what follows it is right
+        theirs = theirs[max(0, len(theirs) - len(mine)):]
+    trial.check(mine == theirs, "the log is not that of the undisturbed run: " + difference(mine, theirs))
     final = run / whole["final"].name
     for part in SAVED:
         trial.check((final / part).exists() and (final / part).read_bytes() == (whole["final"] / part).read_bytes(),
                     f"{part} is not that of the undisturbed run")
     left = [path.name for path in run.iterdir() if path.name.endswith((".tmp", ".old"))]
     trial.check(not left, f"left behind: {left}")
-    mine, theirs = course(json_lines(run / "log.jsonl")), course(whole["log"])
-    if not log_whole:
-        mine = theirs[-len(mine):] if mine == theirs[len(theirs) - len(mine):] else mine
-        theirs = theirs[len(theirs) - len(mine):]
-    trial.check(mine == theirs, "the log is not that of the undisturbed run: " + difference(mine, theirs))
 
 
 def difference(mine, theirs):

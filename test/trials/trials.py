@@ -49,7 +49,7 @@ class Trial:
 
     def check(self, holds, why):
         if not holds:
-            raise Broken(why)
+            raise Broken("\n    ".join([why, *self.story]))
 
     def chance(self, share):
         return self.rng.random() < share
@@ -72,7 +72,7 @@ class Trial:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            raise Broken(f"still running after {patience} s") from None
+            self.check(False, f"still running after {patience} s")
         said = (self.folder / "stderr.txt").read_text(errors="replace")
         self.tell(f"  ended with {code}" + "".join("\n  | " + line[:500] for line in said.splitlines()[:8]))
         self.check(not any(death in said for death in DEATHS), "died of an error that nobody caught")
@@ -116,8 +116,7 @@ def hold(trial, kind, count, folder, many):
         try:
             trial(attempt)
         except Broken as why:
-            broken.append(f"{kind}, seed {seed}: {why}\n" + "\n".join("    " + line for line in attempt.story) +
-                          f"\n    again: SEED={seed} TRIALS=1 {Path(sys.executable).relative_to(ROOT)} -m pytest "
+            broken.append(f"{kind}, seed {seed}: {why}\n    again: SEED={seed} TRIALS=1 {Path(sys.executable).relative_to(ROOT)} -m pytest "
                           f"test/trials/test_{kind}.py -m 'not long'")
         shutil.rmtree(ground, ignore_errors=True)
 
