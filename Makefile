@@ -11,8 +11,17 @@ ARCHS ?= $(or $(GPU_ARCH),all)
 VENV = .venv
 PYTHON = $(VENV)/bin/python
 
-# Tests compile faster at -O2, and spend most of their time compiling; what they check are the kernels' objects at -O3.
-TEST_FLAGS = -O2
+# Tests spend most of their time compiling; what they check are the kernels' objects at -O3. doctest's fast asserts are
+# calls of functions in place of code at each CHECK. Tests that compute little take -O1; the others have an oracle and
+# their common headers precompiled, with the flags that they have themselves.
+TEST_FLAGS = -O2 $(FAST_ASSERTS)
+FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
+LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
+	tokenizer
+TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),-O1,-include $(@D)/precompiled.h)
+# Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run.
+COLD = checkpoint evaluation log loop option_table options outliers plan_report toml training
+COLD_FLAGS = $(if $(filter $(COLD),$(*F)),-O1)
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native
@@ -25,6 +34,11 @@ LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate 
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
+# What no precision, backend or CUDA header changes is compiled once, into build/common, and linked into every build but
+# cpu-asan; its tests run once. dev/lint.py holds these sources to that.
+COMMON = checkpoint files log option_table options outliers sampler schedule shards signals tokenizer toml
+TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
+runtime_objects = $(foreach name,$(2),build/$(if $(filter $(name),$(COMMON)),$(if $(filter %-asan,$(1)),$(1),common),$(1))/runtime/$(name).o)
 BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))
 LADDER = $(basename $(notdir $(wildcard dev/ladder/*.cu)))
 
@@ -55,26 +69,47 @@ build/$(1)/%.o: kernels/%.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/%.o: test/%.cpp Makefile
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/%.h.gch: test/%.h Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -x c++-header $$< -o $$@
+build/$(1)/test/%.o: test/%.cpp build/$(1)/test/precompiled.h.gch Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) $$(TEST_MODE) -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) build/$(1)/scratch.o $(RUNTIME:%=build/$(1)/runtime/%.o)
+build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) build/$(1)/scratch.o $(call runtime_objects,$(1),$(RUNTIME))
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(1)/test/%.o build/common/test/main.o build/common/libtest.a build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cpu.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 endef
+build/common/runtime/%.o: runtime/%.cpp Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(COLD_FLAGS) -c $< -o $@
+build/common/test/%.h.gch: test/%.h Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) -x c++-header $< -o $@
+build/common/test/%.o: test/%.cpp build/common/test/precompiled.h.gch Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(TEST_MODE) -c $< -o $@
+build/common/liblonghand.a: $(COMMON:%=build/common/runtime/%.o)
+	@rm -f $@
+	ar rcs $@ $^
+# What tests share that is slow to compile.
+build/common/libtest.a: $(TEST_SUPPORT:%=build/common/test/support/%.o)
+	@rm -f $@
+	ar rcs $@ $^
+build/common/test_%: build/common/test/%.o build/common/test/main.o build/common/libtest.a build/common/liblonghand.a
+	$(CXX) $^ -fopenmp -o $@
 .SECONDARY:
 $(eval $(call BUILD_RULES,cpu,))
 $(eval $(call BUILD_RULES,cpu-bf16,-DPRECISION_BF16=1))
@@ -85,11 +120,11 @@ $(eval $(call BUILD_RULES,cpu-asan,-O1 -g -fsanitize=address$(comma)undefined -f
 KERNELS = $(basename $(notdir $(wildcard kernels/*.cu)))
 CUDA_RUNTIME = $(basename $(notdir $(filter-out %_cpu.cpp,$(wildcard runtime/*.cpp))))
 SIMT = $(basename $(notdir $(wildcard dev/simt/*.cpp)))
-SIMT_FLAGS = -DLONGHAND_SIMT=1 -g -Idev/simt/include
+SIMT_FLAGS = -DLONGHAND_SIMT=1 -Idev/simt/include
 SIMT_KERNEL_OPTIMIZE ?= -O2
-SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -march=native -Wno-unknown-pragmas -fsanitize=thread \
+SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -g -march=native -Wno-unknown-pragmas -fsanitize=thread \
 	--param tsan-instrument-func-entry-exit=0 -fno-optimize-sibling-calls -fno-tree-vectorize -fno-tree-slp-vectorize \
-	-fno-store-merging
+	-fno-store-merging $(FAST_ASSERTS)
 SIMT_LIBS = -lboost_context -ldnnl -fopenmp
 
 define SIMT_RULES
@@ -107,25 +142,28 @@ build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o build/$(1)/test/simt_traffic.o \
 		build/$(1)/test/simt_bytes.o: build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/%.o: test/%.cpp Makefile
+build/$(1)/test/%.h.gch: test/%.h Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(SIMT_FLAGS) $(2) -x c++-header $$< -o $$@
+build/$(1)/test/%.o: test/%.cpp build/$(1)/test/precompiled.h.gch Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(SIMT_FLAGS) $(2) $$(TEST_MODE) -c $$< -o $$@
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o) $(SIMT:%=build/$(1)/simt/%.o)
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME)) $(SIMT:%=build/$(1)/simt/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(1)/test/%.o build/common/test/main.o build/common/libtest.a build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
-build/$(1)/test_simt_ladder: build/$(1)/test/simt_ladder.o build/$(1)/test/main.o $(LADDER:%=build/$(1)/ladder/%.o) \
+build/$(1)/test_simt_ladder: build/$(1)/test/simt_ladder.o build/common/test/main.o build/common/libtest.a $(LADDER:%=build/$(1)/ladder/%.o) \
 		build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
 endef
@@ -155,10 +193,10 @@ build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile | nvcc
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $$(CUDA_FLAGS) -DLONGHAND_GPU=1 $(2) -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
@@ -168,12 +206,12 @@ build/$(1)/bench/%.o: dev/bench/%.cu Makefile | nvcc
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(CUDA_RUNTIME:%=build/$(1)/runtime/%.o)
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME))
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/common/libtest.a build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
@@ -188,7 +226,7 @@ nvcc-flags:
 	@echo $(filter-out -MMD -MP,$(NVCC_FLAGS))
 nvcc:
 	$(if $(NVCC),,$(error no nvcc on PATH or in /usr/local/cuda/bin: install the CUDA toolkit, or use make cpu))
--include $(wildcard build/*/*.d build/*/*/*.d)
+-include $(wildcard build/*/*.d build/*/*/*.d build/*/*/*/*.d)
 
 demo:
 	@dev/setup.sh demo

@@ -22,6 +22,7 @@
 #include "kernels/matmul.h"
 #include "runtime/errors.h"
 #include "runtime/plan.h"
+#include "runtime/process.h"
 #include "runtime/random.h"
 #include "runtime/transformer.h"
 

@@ -3,9 +3,9 @@
 HEADER_INTS = 256  # every llm.c header: 256 little-endian int32
 HEADER_BYTES = 4 * HEADER_INTS
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
-TOKENIZER_MAGIC, TOKENIZER_VERSION = 20240328, 2
+TOKENIZER_MAGIC = 20240328
 MAX_VOCAB = 1 << 16  # token ids are uint16 in a shard
-MAX_TOKEN_BYTES = 255  # a token's length is a u8 in the tokenizer binary
+SHORT_TOKEN = 255  # bytes: the longest token of versions 1 and 2 of the tokenizer binary, whose lengths are a u8
 EOT_TEXT = "<|endoftext|>"
 
 

@@ -1,5 +1,7 @@
 """Tokenizers in the manner of GPT-2 and GPT-NeoX, small and made on the spot."""
 
+import json
+
 import pytest
 
 from testing import prose
@@ -35,4 +37,22 @@ def neox_like(gpt2_like, tmp_path_factory):
     made.add_tokens([AddedToken(" " * count, normalized=True) for count in (4, 3, 2)])
     path = tmp_path_factory.mktemp("neox") / "tokenizer.json"
     made.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def long_tokens(neox_like, tmp_path_factory):
+    """GPT-NeoX-20B's vocabulary has runs of one character of up to 512 bytes: here of 256, 257 and 512 by merges, of 255
+    and 70,000 as added tokens."""
+    made = json.loads(neox_like.read_text())
+    vocab, merges, added = made["model"]["vocab"], made["model"]["merges"], made["added_tokens"]
+    for left, right in [*((1 << i, 1 << i) for i in range(9)), (256, 1)]:
+        if "=" * (left + right) not in vocab:
+            vocab["=" * (left + right)] = len(vocab)
+            merges.append(["=" * left, "=" * right])
+    added += [dict(added[0], content=token, special=False) for token in ("-" * 255, "é" * 35_000)]
+    for index, token in enumerate(added, len(vocab)):  # the library gives them these ids whatever the file says
+        token["id"] = index
+    path = tmp_path_factory.mktemp("long") / "tokenizer.json"
+    path.write_text(json.dumps(made))
     return path

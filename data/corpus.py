@@ -1,15 +1,15 @@
 """Documents out of files, in constant memory.
 
-A document travels as pieces of at most a few hundred thousand characters, so that a text of any size streams through.
-A piece ends just before a space or newline that follows a visible character. The byte-level pre-tokenizer of GPT-2 and
-GPT-NeoX always ends a pre-token there and never looks back across it, so the pieces tokenize exactly as the whole text
-would. Only a text with no such place in four pieces' length (Chinese prose, base64) is cut at a plain character.
+A document travels as pieces of a few hundred thousand characters, so that a text of any size streams through. They
+tokenize exactly as the whole text would (cuts.py).
 """
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import zlib
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator, Optional
 
 from common import InputError
+from cuts import LONGEST, MARGIN, WORD_END, Cutter, Encode, NoPlace
 
 PIECE = 1 << 18  # characters: long enough that a worker's round trip is noise, short enough to keep many in flight
 CHUNK = 1 << 18  # bytes to read at a time
@@ -24,19 +25,23 @@ CHUNK = 1 << 18  # bytes to read at a time
 ZSTD_CHUNK = 1 << 12
 LONGEST_LINE = 1 << 30  # a JSON line is held whole; a file without newlines must not eat the machine
 SPACES = " \t\r\n\v\f"  # ASCII only: str.strip() would also take the 0xA0 and 0x85 bytes of raw-byte documents
-CUT = re.compile(r"(?<=\S)[ \n]")
 END = None  # in a stream of chunks: the document ends here
 
 TEXT, LINES, PARQUET = "text", "lines", "parquet"
 KINDS = {".txt": TEXT, ".text": TEXT, ".md": TEXT, ".jsonl": LINES, ".ndjson": LINES, ".parquet": PARQUET}
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# How files begin that hold no text, whatever they are called.
+MAGICS = {
+    "gzip": rb"\x1f\x8b", "zstd": rb"\x28\xb5\x2f\xfd", "bzip2": rb"BZh[1-9]1AY&SY", "xz": rb"\xfd7zXZ\x00",
+    "zip": rb"PK\x03\x04", "7z": rb"7z\xbc\xaf\x27\x1c", "lz4": rb"\x04\x22\x4d\x18", "parquet": rb"PAR1[\x00-\x1f]",
+}
 
 
 @dataclass(frozen=True)
 class Source:
     path: str
     kind: str
-    compression: str  # "", ".gz" or ".zst"
+    compression: str  # "" or one of COMPRESSED
     size: int  # bytes on disk
 
 
@@ -46,6 +51,10 @@ def classify(path: str) -> Optional[tuple[str, str]]:
     compression = suffix if suffix in COMPRESSED else ""
     kind = KINDS.get(os.path.splitext(stem)[1] if compression else suffix)
     return (kind, compression) if kind and not (kind == PARQUET and compression) else None
+
+
+def refuse_folder(error: OSError):
+    raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
@@ -62,7 +71,13 @@ def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
             kind, compression = classify(given) or (TEXT, suffix if suffix in COMPRESSED else "")
             sources.append(Source(given, kind, compression, os.path.getsize(given)))
             continue
-        for folder, folders, names in os.walk(given):
+        seen: set[str] = set()  # folders, by their real paths: links may lead back, or twice to the same
+        for folder, folders, names in os.walk(given, followlinks=True, onerror=refuse_folder):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = os.path.join(folder, name)
@@ -74,7 +89,7 @@ def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
     if not sources:
         raise InputError(
             f"{', '.join(inputs)}: no files to read; directories are searched for {' '.join(KINDS)}"
-            " (text and JSON lines also as .gz or .zst)"
+            f" (text and JSON lines also as {', '.join(COMPRESSED)})"
         )
     return sources, others
 
@@ -113,31 +128,21 @@ class ZstdReader(io.RawIOBase):
         return count
 
 
-def safe_cut(text: str, size: int) -> int:
-    """Where to cut off about `size` characters (see the head of this file); 0: not yet, more text is needed."""
-    if len(text) <= size:
-        return 0
-    for start in (max(0, size - 4096), 0):
-        last = None
-        for last in CUT.finditer(text, start, size):
-            pass
-        if last:
-            return last.start()
-    return 4 * size if len(text) > 4 * size else 0
-
-
 def mark_ends(chunks: Iterable[str], separator: str) -> Iterator[Optional[str]]:
-    """The chunks of a file with END where a document ends: at each separator and at the end of the file."""
+    """The chunks of a file with END where a document ends: at each separator and at the end of the file. A newline of
+    the separator is a CRLF, too."""
+    places = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
+    overlap = len(separator) + separator.count("\n") - 1  # a separator may straddle two chunks
     tail = ""
     for chunk in chunks:
         if not separator:
             yield chunk
             continue
-        *whole, last = (tail + chunk).split(separator)
+        *whole, last = places.split(tail + chunk)
         for part in whole:
             yield part
             yield END
-        keep = max(0, len(last) - len(separator) + 1)  # a separator may straddle two chunks
+        keep = max(0, len(last) - overlap)
         tail = last[keep:]
         yield last[:keep]
     yield tail
@@ -152,13 +157,14 @@ class Corpus:
     ):
         self.sources, self.field, self.split_on = sources, field, split_on
         self.skip_bad, self.replace_invalid, self.raw = skip_bad, replace_invalid, raw
+        self.encode: Optional[Encode] = None  # by which pieces are cut; without it anywhere
         self.total = sum(source.size for source in sources)  # bytes on disk
         self.reset()
 
     def reset(self):
         self.done = 0  # bytes on disk of the files already read
         self.file = None
-        self.documents = self.empty = self.bad = self.replaced = 0
+        self.documents = self.empty = self.bad = self.replaced = self.separators = 0
 
     def position(self) -> int:
         """Bytes on disk read so far: exact for compressed files too, so progress is honest."""
@@ -173,10 +179,12 @@ class Corpus:
                 for starts, text in read[source.kind](source):
                     self.documents += starts
                     yield starts, text
-            except (OSError, EOFError, zlib.error) as error:  # gzip and zstd damage arrives as these
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # damage arrives as these
                 raise InputError(
                     f"{source.path}: cannot be read ({getattr(error, 'strerror', None) or error})"
                 ) from error
+            except NoPlace as error:
+                raise InputError(f"{source.path}: {error}") from error
             finally:
                 if self.file:
                     self.file.close()
@@ -188,6 +196,14 @@ class Corpus:
             return gzip.GzipFile(fileobj=self.file)
         if source.compression == ".zst":
             return io.BufferedReader(ZstdReader(self.file), CHUNK)
+        if source.compression == ".bz2":
+            return bz2.BZ2File(self.file)
+        if source.compression == ".xz":
+            return lzma.LZMAFile(self.file)
+        begins = self.file.peek(16)
+        for kind, magic in MAGICS.items():
+            if re.match(magic, begins):
+                raise InputError(f"{source.path}: is a {kind} file and no text; unpack it, or name it as what it is")
         return self.file
 
     def as_text(self, text: str) -> str:
@@ -223,20 +239,22 @@ class Corpus:
 
     def read_text(self, source: Source) -> Iterator[tuple[bool, str]]:
         strip = SPACES if self.split_on else ""  # a whole file keeps its every byte; parts lose the spaces around them
-        rest, starts = "", True
+        rest, starts, cutter = "", True, Cutter(PIECE, self.encode)
+        self.separators -= 1  # the end of the file is none
         for chunk in mark_ends(self.decoded(source), self.as_text(self.split_on)):
             if chunk is END:
+                self.separators += 1
                 rest = rest.rstrip(strip) if strip else rest
                 if rest if not starts else rest.strip(SPACES):
                     yield starts, rest
                 elif starts:
                     self.empty += 1
-                rest, starts = "", True
+                rest, starts, cutter = "", True, Cutter(PIECE, self.encode)
                 continue
             rest += chunk
             if starts and strip:
                 rest = rest.lstrip(strip)
-            while cut := safe_cut(rest, PIECE):
+            while cut := cutter(rest):
                 yield starts, rest[:cut]
                 rest, starts = rest[cut:], False
 
@@ -245,10 +263,9 @@ class Corpus:
         if not text.strip(SPACES):
             self.empty += 1
             return
-        at = 0
-        while cut := safe_cut(
-            text[at : at + 4 * PIECE + 1], PIECE
-        ):  # a window: slicing the rest off would be quadratic
+        at, cutter = 0, Cutter(PIECE, self.encode)
+        # A window: slicing the rest off would be quadratic.
+        while cut := cutter(text[at : at + LONGEST + MARGIN]):
             yield at == 0, text[at : at + cut]
             at += cut
         yield at == 0, text[at:]
@@ -350,7 +367,7 @@ class Split:
         line = text.find("\n", least, least + reach)
         if line >= 0:
             return line + 1
-        word = CUT.search(text, least, least + reach)
+        word = WORD_END.search(text, least, least + reach)
         return word.start() if word else least
 
 

@@ -5,6 +5,7 @@ import argparse
 import errno
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ from shards import LONGEST_SHARD, SIDES, Output, ShardWriter, verify
 
 Batch = list[tuple[int, bool, str]]  # (side, starts a document, text)
 DEFAULT_VAL = 0.05
+LONGEST_WORD = 512  # characters
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 def say(line: str):
@@ -188,16 +191,36 @@ def sample(pieces: Iterable[tuple[int, bool, str]], most: float, total: int) -> 
             return
 
 
+def bounded(texts: Iterable[str]) -> Iterator[str]:
+    """The same, cut within runs of more than LONGEST_WORD characters: training takes the square of a word's length, and
+    no token is as long."""
+    for text in texts:
+        start = 0
+        for run in LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
+
+
 def train_tokenizer(corpus: Corpus, split: Split, args) -> vocabulary.Vocabulary:
     most = args.tokenizer_sample * 1e6
     say(f"training a tokenizer of {args.train_tokenizer:,} tokens")
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    trained = vocabulary.train(sample(split.of(corpus.pieces()), most, corpus.total), args.train_tokenizer)
+    texts = bounded(sample(split.of(corpus.pieces()), most, corpus.total))
+    trained = vocabulary.train(texts, args.train_tokenizer)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if trained.size < args.train_tokenizer:
         say(f"the text repeats itself enough for {trained.size:,} tokens only")
     return trained
+
+
+def check_separator(corpus: Corpus):
+    """Refuses a --split-on that a corpus, read to its end, does not have."""
+    if corpus.split_on and not corpus.separators:
+        raise InputError(
+            f"--split-on: {corpus.split_on!r} is nowhere in the text files; leave it out if each file is one document"
+        )
 
 
 def prepare(args) -> None:
@@ -229,13 +252,17 @@ def prepare(args) -> None:
     )
     with output:
         split = survey(corpus, fraction)
+        if split.lengths is not None:
+            check_separator(corpus)
         if args.train_tokenizer:
             loaded = train_tokenizer(corpus, split, args)
         encoder = Encoder(loaded.text if loaded else None, args.eot_token)
         vocab = encoder.vocab
+        corpus.encode = None if args.raw_bytes else vocab.encode
         writers = [ShardWriter(output.staging, side, args.shard_tokens) for side in SIDES]
         documents = tokenize(corpus, split, encoder, args.workers, writers)
         totals = [writer.finish() for writer in writers]
+        check_separator(corpus)
         if not sum(documents):
             raise InputError(
                 f"{', '.join(args.inputs)}: no text in {counted(len(sources), 'file')}"
@@ -310,6 +337,10 @@ def share(text: str) -> float:
     return value
 
 
+def unescaped(text: str) -> str:
+    return re.sub(r"\\([nrt\\])", lambda escape: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[escape[1]], text)
+
+
 def size_mb(text: str) -> float:
     try:
         value = float(text)
@@ -338,7 +369,7 @@ def parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text files, JSON lines (.jsonl), both also as .gz or .zst, .parquet, or directories of such",
+        help="text files, JSON lines (.jsonl), both also as .gz, .zst, .bz2 or .xz, .parquet, or directories of such",
     )
     options.add_argument("--out", metavar="DIR", help="folder to write to")
     options.add_argument("--force", action="store_true", help="replace the shards that DIR holds")
@@ -369,8 +400,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--split-on",
         metavar="TEXT",
+        type=unescaped,
         default="",
-        help="text files: TEXT separates documents, which lose the spaces around them (a file is one document)",
+        help="text files: TEXT separates documents, which lose the spaces around them (a file is one document); "
+        "\\n, \\r, \\t and \\\\ in it stand for newline, carriage return, tab and backslash",
     )
     options.add_argument(
         "--skip-bad", action="store_true", help="leave out JSON lines that cannot be used, and count them"

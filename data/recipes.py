@@ -16,7 +16,7 @@ from typing import Callable
 
 from common import InputError, RunError
 
-HUB = "https://huggingface.co"
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")  # a mirror, as for HuggingFace's own programs
 GPT2_TOKENIZER = "openai-community/gpt2/resolve/main/tokenizer.json"
 NEOX_TOKENIZER = "EleutherAI/pythia-1.4b-deduped/resolve/main/tokenizer.json"
 TIMEOUT = 60  # seconds without a byte

@@ -8,8 +8,6 @@ import pytest
 import zstandard
 
 import corpus
-import vocabulary
-from common import InputError
 from testing import decode, prose, run
 
 
@@ -109,11 +107,3 @@ def test_errors_are_one_line_with_a_code(gpt2_like, tmp_path, capsys):
         error = capsys.readouterr().err
         assert code == 2 and says in error and error.startswith("prepare.py: error: ") and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists(), arguments
-
-
-def test_a_token_too_long_for_the_binary(gpt2_like, tmp_path):
-    made = json.loads(gpt2_like.read_text())
-    made["added_tokens"].append(dict(made["added_tokens"][0], id=401, content="=" * 256, special=False))
-    (tmp_path / "long.json").write_text(json.dumps(made))
-    with pytest.raises(InputError, match="256 bytes"):
-        vocabulary.load(str(tmp_path / "long.json"), "<|endoftext|>")

@@ -4,12 +4,14 @@ import json
 import os
 import random
 import struct
+from pathlib import Path
 
 import numpy as np
 
 import prepare
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = Path(HERE).parent
 WORDS = "the of and that in he shall unto for it was king's Lord's naïve 漢字 12 1611 🙂 ( ) ; : . , \n \t".split(" ")
 
 
@@ -29,9 +31,10 @@ def decode(folder, side):
     """The documents of one side as bytes, from the files alone: header by struct, tokens by numpy."""
     with open(folder / "tokenizer.bin", "rb") as file:
         head = struct.unpack("<256i", file.read(1024))
-        tokens = [file.read(file.read(1)[0]) for _ in range(head[2])]
+        assert head[0] == 20240328 and head[1] in (2, 3)
+        width = 1 if head[1] == 2 else 4
+        tokens = [file.read(int.from_bytes(file.read(width), "little")) for _ in range(head[2])]
         assert not file.read()
-    assert head[:2] == (20240328, 2)
     ids = []
     for path in sorted(folder.glob(f"{side}_*.bin")):
         shard = struct.unpack("<256i", path.read_bytes()[:1024])

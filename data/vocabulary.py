@@ -1,4 +1,4 @@
-"""Tokenizers: a HuggingFace tokenizer.json, one trained on the corpus, or raw bytes; and llm.c's binary of each.
+"""Tokenizers: a HuggingFace tokenizer.json, one trained on the corpus, or raw bytes; and the binary of each.
 
 Byte-level BPE writes its tokens in a printable alphabet, one character for each of the 256 bytes. The binary holds the
 real bytes, so that decoding is a table lookup. Raw bytes are such a tokenizer too, with no merges: its tokenizer.json
@@ -16,14 +16,14 @@ from common import (
     EOT_TEXT,
     HEADER_BYTES,
     HEADER_INTS,
-    MAX_TOKEN_BYTES,
     MAX_VOCAB,
+    SHORT_TOKEN,
     TOKENIZER_MAGIC,
-    TOKENIZER_VERSION,
     InputError,
 )
 
 UNUSED = "\ufffd".encode()  # the text of an id that the vocabulary leaves out; llm.c's reader refuses empty tokens
+LENGTH = {1: "<B", 2: "<B", 3: "<I"}  # of a token, by the version of the tokenizer binary
 PROBES = ("In the beginning, it's 12.5\n\n  and\tso on", "x", " x", "naïve 漢字 🙂")
 
 
@@ -63,11 +63,8 @@ class Vocabulary:
                 raise InputError(
                     f"{name}: token {index} ({token!r}) is not byte-level BPE as in GPT-2 and GPT-NeoX"
                 ) from error
-            if not 0 < len(self.tokens[index]) <= MAX_TOKEN_BYTES:
-                raise InputError(
-                    f"{name}: token {index} has {len(self.tokens[index]):,} bytes; "
-                    f"the tokenizer binary holds 1 to {MAX_TOKEN_BYTES}"
-                )
+            if not self.tokens[index]:
+                raise InputError(f"{name}: token {index} is empty")
         eot = self.encoder.token_to_id(eot_text)
         if eot is None:
             raise InputError(f'{name}: no token "{eot_text}" to end a text; name the right one with --eot-token')
@@ -86,9 +83,11 @@ class Vocabulary:
         return b"".join(self.tokens[index] for index in ids)
 
     def binary(self) -> bytes:
+        """llm.c's version 2 where it can hold the tokens, else version 3."""
+        version = 2 if max(map(len, self.tokens)) <= SHORT_TOKEN else 3
         header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:4] = TOKENIZER_MAGIC, TOKENIZER_VERSION, self.size, self.eot
-        return header.tobytes() + b"".join(struct.pack("B", len(token)) + token for token in self.tokens)
+        header[:4] = TOKENIZER_MAGIC, version, self.size, self.eot
+        return header.tobytes() + b"".join(struct.pack(LENGTH[version], len(token)) + token for token in self.tokens)
 
     def write(self, folder: str):
         with open(os.path.join(folder, "tokenizer.bin"), "wb") as file:
@@ -172,7 +171,7 @@ def train(pieces: Iterable[str], size: int) -> Vocabulary:
         special_tokens=[EOT_TEXT],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=MAX_TOKEN_BYTES,
+        max_token_length=SHORT_TOKEN,  # so that llm.c reads it
     )
     encoder.train_from_iterator(pieces, trainer)
     return Vocabulary(encoder.to_str(pretty=True), "trained tokenizer")
@@ -188,17 +187,18 @@ def read_binary(path: str) -> tuple[list[bytes], Optional[int]]:
     if len(data) < HEADER_BYTES:
         raise InputError(f"{path}: {len(data):,} bytes, shorter than a header of {HEADER_BYTES:,}")
     magic, version, size, eot = struct.unpack_from("<4i", data)
-    if magic != TOKENIZER_MAGIC or version not in (1, 2) or not 0 < size <= MAX_VOCAB:
+    if magic != TOKENIZER_MAGIC or version not in LENGTH or not 0 < size <= MAX_VOCAB:
         raise InputError(f"{path}: not a tokenizer binary (magic {magic}, version {version}, {size} tokens)")
-    tokens, at = [], HEADER_BYTES
+    tokens, at, prefix = [], HEADER_BYTES, struct.Struct(LENGTH[version])
     for index in range(size):
-        end = at + 1 + (data[at] if at < len(data) else 0)
-        if end > len(data) or end == at + 1:
-            raise InputError(
-                f"{path}: token {index} of {size} is {'empty' if at < len(data) and not data[at] else 'cut short'}"
-            )
-        tokens.append(data[at + 1 : end])
+        begin = at + prefix.size
+        end = begin + (prefix.unpack_from(data, at)[0] if begin <= len(data) else 0)
+        if begin > len(data) or end > len(data):
+            raise InputError(f"{path}: token {index} of {size} is cut short")
+        if begin == end:
+            raise InputError(f"{path}: token {index} of {size} is empty")
+        tokens.append(data[begin:end])
         at = end
     if at != len(data):
         raise InputError(f"{path}: {len(data) - at:,} bytes after the last token")
-    return tokens, eot if version == 2 else 50256
+    return tokens, 50256 if version == 1 else eot

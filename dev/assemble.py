@@ -68,12 +68,15 @@ USED = re.compile(r"Used (\d+) registers")
 STATIC = re.compile(r"(\d+) bytes smem")
 
 
-def assemble(nvcc, flags, source, precision, arch):
+def run(command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def assemble(nvcc, flags, source, precision, arch, run):
     """(kernels, "") or ([], what nvcc said)."""
     with tempfile.TemporaryDirectory(prefix="longhand_nvcc_") as folder:
-        done = subprocess.run(
-            [nvcc, *flags, *PRECISIONS[precision], f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas",
-             "-v", "-o", f"{folder}/out.cubin", str(source)], cwd=ROOT, capture_output=True, text=True)
+        done = run([nvcc, *flags, *PRECISIONS[precision], f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
+                    "-Xptxas", "-v", "-o", f"{folder}/out.cubin", str(source)])
     said = done.stdout + done.stderr
     if done.returncode or "warning" in said:
         return [], said[:3000]
@@ -139,18 +142,23 @@ def jobs(sources, archs):
             if precision == "bf16" or (arch == archs[0] and source.parent.name != "ladder")]
 
 
+def check(nvcc, flags, source, precision, arch, run=run):
+    """(kernels, what is wrong): it does not assemble, or attention spills."""
+    kernels, problem = assemble(nvcc, flags, source, precision, arch, run)
+    for kernel in kernels:
+        if source.name.startswith("attention") and (kernel.spills or kernel.stack):
+            problem += f"{kernel.name} spills {kernel.spills} bytes, {kernel.stack} bytes of local memory\n"
+    return kernels, problem
+
+
 def check_all(nvcc, archs, sources, done):
     """done(name, problem) for every file, architecture and precision; returns all kernels."""
     flags = nvcc_flags()
     kernels = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         work = jobs(sources, archs)
-        results = pool.map(lambda job: assemble(nvcc, flags, *job), work)
-        for (source, precision, arch), (found, said) in zip(work, results):
-            problem = said
-            for kernel in found:
-                if source.name.startswith("attention") and (kernel.spills or kernel.stack):
-                    problem += f"{kernel.name} spills {kernel.spills} bytes, {kernel.stack} bytes of local memory\n"
+        results = pool.map(lambda job: check(nvcc, flags, *job), work)
+        for (source, precision, arch), (found, problem) in zip(work, results):
             kernels += found
             done(f"{source.name} {precision} sm_{arch}", problem)
     return kernels

@@ -4,6 +4,7 @@
 Prints one line for each breach and exits 1 if there was any.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,9 @@ MAX_TRAINER_LINES = 1200
 SHARED_LINES = 6
 IN_TRAINERS = re.compile(r"__global__|<<<|\bcuda[A-Z_]\w*|^\s*#\s*(if|ifdef|ifndef|elif)\b", re.MULTILINE)
 COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
+INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+# What types.h and the builds' flags make different.
+DIFFERS = re.compile(r"\b(real|kPrecision|kRealEpsilon|PRECISION_BF16|LONGHAND_SIMT|LONGHAND_GPU|__CUDACC__)\b")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
@@ -50,6 +54,31 @@ def check_layers(complain):
         for path in (f"test/{layer}.cpp", f"dev/bench/{layer}.cpp"):
             if not (ROOT / path).exists():
                 complain(f"kernels/{layer}.h: no {path}")
+
+
+def reached(path, seen):
+    """A source and all of the project's headers that it includes."""
+    path = Path(os.path.normpath(path))
+    if path in seen or not path.exists():
+        return seen
+    seen.add(path)
+    for name in INCLUDED.findall(path.read_text(encoding="utf-8")):
+        reached(path.parent / name, seen)
+    return seen
+
+
+def is_common(source):
+    """Whether a source is the same in every build: neither it nor a header of it names what differs between them."""
+    return not any(DIFFERS.search(re.sub(r"//.*", "", path.read_text(encoding="utf-8")))
+                   for path in reached(source, set()) if path != ROOT / "kernels" / "types.h")
+
+
+def check_common(complain):
+    """What the Makefile compiles once for all builds must be the same in all of them."""
+    listed = re.search(r"^COMMON = (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    for name in listed.split():
+        if not is_common(ROOT / "runtime" / f"{name}.cpp"):
+            complain(f"runtime/{name}.cpp: is in COMMON of the Makefile, but what it includes differs between builds")
 
 
 def check_text(complain):
@@ -115,7 +144,7 @@ def check_help(complain):
 
 def main():
     problems = []
-    for check in (check_format, check_layers, check_text, check_trainers, check_python, check_help):
+    for check in (check_format, check_layers, check_common, check_text, check_trainers, check_python, check_help):
         check(problems.append)
     for problem in problems:
         print(problem)

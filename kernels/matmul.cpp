@@ -31,10 +31,11 @@ struct Product {
     bool bias;                       // + bias (N)
     bool accumulate;                 // dst += instead of =
     Gelu gelu;                       // applied to what is stored
-    Type type;                       // of dst; a and b are real
+    Type type;                       // of dst
     int threads;                     // oneDNN cuts the work when it prepares, not when it runs
     // Elements from one row to the next, where that is more than the width.
     int64_t a_row = 0, b_row = 0, dst_row = 0;
+    Type input = kReal; // of a, b and bias
 
     auto operator<=>(const Product&) const = default;
 };
@@ -70,9 +71,9 @@ memory::desc matrix(int64_t rows, int64_t columns, Type type, bool transposed, i
 }
 
 Prepared prepare(const dnnl::engine& engine, const Product& p) {
-    memory::desc a = matrix(p.M, p.K, kReal, p.a_transposed, p.a_row);
-    memory::desc b = matrix(p.K, p.N, kReal, p.b_transposed, p.b_row);
-    memory::desc bias = p.bias ? matrix(1, p.N, kReal, false) : memory::desc();
+    memory::desc a = matrix(p.M, p.K, p.input, p.a_transposed, p.a_row);
+    memory::desc b = matrix(p.K, p.N, p.input, p.b_transposed, p.b_row);
+    memory::desc bias = p.bias ? matrix(1, p.N, p.input, false) : memory::desc();
     memory::desc dst = matrix(p.M, p.N, p.type, false, p.dst_row);
     dnnl::post_ops steps;
     if (p.accumulate) steps.append_sum(1.f);
@@ -92,10 +93,32 @@ Prepared prepare(const dnnl::engine& engine, const Product& p) {
         return {dnnl::matmul(description), std::move(arguments), scratch.get_size()};
     } catch (const dnnl::error& e) {
         throw std::runtime_error("matmul: oneDNN cannot multiply (" + std::to_string(p.M) + "x" + std::to_string(p.K) +
-                                 ") by (" + std::to_string(p.K) + "x" + std::to_string(p.N) + ") in " + kPrecision +
-                                 " on this CPU: " + e.what() +
-                                 (kReal == Type::bf16 ? "; build with PRECISION=fp32" : ""));
+                                 ") by (" + std::to_string(p.K) + "x" + std::to_string(p.N) +
+                                 ") on this CPU: " + e.what());
     }
+}
+
+// Does oneDNN multiply bf16 here? It needs AVX-512 for that.
+bool multiplies_real(const dnnl::engine& engine) {
+    const memory::desc square = matrix(64, 64, kReal, false);
+    try {
+        describe<dnnl::matmul>(engine, square, square, memory::desc(), square, {});
+        return true;
+    } catch (const dnnl::error&) {
+        return false;
+    }
+}
+
+// Between arrays of real and float copies of them: `rows` of `columns`, `row` apart in the array, dense in the copy.
+void widen(float* copy, const real* from, int64_t rows, int64_t columns, int64_t row) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) copy[r * columns + c] = to_float(from[r * row + c]);
+}
+void narrow(real* to, const float* copy, int64_t rows, int64_t columns, int64_t row) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) assign(to[r * row + c], copy[r * columns + c]);
 }
 
 // dbias (OC) += Σ_n dout[n,:]. Rows are taken eight at a time, so that a sum costs an eighth of a load and a store, and
@@ -128,7 +151,9 @@ void add_rows(float* total, const real* dout, int64_t rows, int64_t columns, int
 struct Matmul {
     dnnl::engine engine{dnnl::engine::kind::cpu, 0};
     dnnl::stream stream{engine};
+    const bool widens = !multiplies_real(engine); // bf16 is multiplied as floats, in widened copies
     std::map<Product, Prepared> cache;
+    std::vector<float> copies; // of a, b, bias and dst
     std::unique_ptr<char, decltype(&std::free)> scratch{nullptr, std::free};
     size_t scratch_bytes = 0;
 
@@ -144,6 +169,13 @@ struct Matmul {
     }
 
     void run(void* dst, const real* a, const real* b, const real* bias, const Product& p) {
+        if (widens)
+            run_widened(dst, a, b, bias, p);
+        else
+            execute(dst, a, b, bias, p);
+    }
+
+    void execute(void* dst, const void* a, const void* b, const void* bias, const Product& p) {
         auto found = cache.find(p);
         if (found == cache.end()) {
             // A training step has a few dozen shapes; only prompts of ever new lengths could fill memory with code.
@@ -160,6 +192,42 @@ struct Matmul {
         if (p.bias) point(DNNL_ARG_BIAS, bias);
         prepared.primitive.execute(stream, prepared.arguments);
         stream.wait();
+    }
+
+    // The product in tiles of dst, whose copies of a and b are at most kCopy floats each where K allows it. Sums are
+    // whole, in float, and rounded once, as oneDNN's are.
+    void run_widened(void* dst, const real* a, const real* b, const real* bias, const Product& p) {
+        constexpr int64_t kCopy = int64_t(1) << 22, kLeast = 64;
+        const int64_t most = std::max(kLeast, kCopy / p.K);
+        const bool to_real = p.type == kReal;
+        auto row_or = [](int64_t row, int64_t width) { return row ? row : width; };
+        const int64_t a_row = row_or(p.a_row, p.a_transposed ? p.M : p.K),
+                      b_row = row_or(p.b_row, p.b_transposed ? p.K : p.N), dst_row = row_or(p.dst_row, p.N);
+        for (int64_t n = 0; n < p.N; n += most)
+            for (int64_t m = 0; m < p.M; m += most) {
+                Product tile = p;
+                tile.M = std::min(most, p.M - m), tile.N = std::min(most, p.N - n);
+                tile.a_row = tile.b_row = 0;
+                tile.dst_row = to_real ? 0 : dst_row;
+                tile.type = tile.input = Type::f32;
+                copies.resize(size_t((tile.M + tile.N) * p.K + tile.N + tile.M * tile.N));
+                float *wide_a = copies.data(), *wide_b = wide_a + tile.M * p.K, *wide_bias = wide_b + p.K * tile.N,
+                      *sums = wide_bias + tile.N;
+                if (p.a_transposed)
+                    widen(wide_a, a + m, p.K, tile.M, a_row);
+                else
+                    widen(wide_a, a + m * a_row, tile.M, p.K, a_row);
+                if (p.b_transposed)
+                    widen(wide_b, b + n * b_row, tile.N, p.K, b_row);
+                else
+                    widen(wide_b, b + n, p.K, tile.N, b_row);
+                if (bias) widen(wide_bias, bias + n, 1, tile.N, tile.N);
+                const int64_t first = m * dst_row + n;
+                real* rounded = static_cast<real*>(dst) + first;
+                if (to_real && p.accumulate) widen(sums, rounded, tile.M, tile.N, dst_row);
+                execute(to_real ? sums : static_cast<float*>(dst) + first, wide_a, wide_b, wide_bias, tile);
+                if (to_real) narrow(rounded, sums, tile.M, tile.N, dst_row);
+            }
     }
 };
 

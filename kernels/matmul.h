@@ -4,7 +4,8 @@
 //   backward_input:   dinp = (dout · w) ∘ gelu'(pre)      pre: what the layer *before* fed its GELU, or null
 //   backward_weight:  dw += doutᵀ · inp            dbias += Σ_n dout[n,:]
 //
-// Weights are (OC,C) row-major, as llm.c stores them. Products of bf16 are summed in float.
+// Weights are (OC,C) row-major, as llm.c stores them. Products of bf16 are summed in float. On a CPU without AVX-512,
+// for which oneDNN has no bf16 products, the cpu build multiplies float copies, at the speed of the fp32 build.
 #pragma once
 #include <cstddef>
 

@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "random.h"
 #include "sampler.h"
+#include "signals.h"
 
 // Random streams of a run, apart from the weights' (the tensor's number): one for each use and step.
 constexpr uint64_t kSampleStream = uint64_t(1) << 40;
@@ -35,14 +36,21 @@ std::string Text::decode(const std::vector<int32_t>& ids) const {
     return text;
 }
 
-std::string generate(const Options& options, Model& model, const Text& text, int64_t step) {
+std::string generate(const Options& options, Model& model, const Text& text, int64_t step, const Pause& pause) {
     int64_t V = model.vocab(), T = model.cached_rows();
     std::vector<int32_t> ids = options.prompt_tokens;
     bool prompted = !ids.empty();
     if (!prompted) ids = {text.first_token()};
     std::vector<float> logits(V);
-    int64_t window = 0, cached = 0; // rows of ids[window…] that the model has seen
+    int64_t window = 0, cached = 0;                                  // rows of ids[window…] that the model has seen
+    if (int64_t size = static_cast<int64_t>(ids.size()); size > T) { // what leaves room for the sample, at least half
+        const int64_t kept = std::max((T + 1) / 2, T + 1 - options.sample_tokens);
+        window = size - kept;
+        fprintf(stderr, "warning: the prompt has %lld tokens, more than the context of %lld: its last %lld are used\n",
+                (long long)size, (long long)T, (long long)kept);
+    }
     for (int64_t i = 0; i < options.sample_tokens; i++) {
+        pause();
         int64_t size = static_cast<int64_t>(ids.size());
         if (size - window > T) window = size - (T + 1) / 2, cached = 0; // full: go on from the newest half
         model.next_logits(&ids[window + cached], cached, size - window - cached, logits.data());
@@ -62,9 +70,10 @@ Validation::Validation(const Options& options, const Model& model)
     targets_.resize(B_ * T_);
 }
 
-double Validation::mean_loss(Model& model) {
+double Validation::mean_loss(Model& model, const Pause& pause) {
     model.clear_loss();
     for (int64_t first = 0; first < count_; first += B_) {
+        pause();
         int64_t B = std::min(B_, count_ - first);
         for (int64_t b = 0; b < B; b++) windows_.read(first + b, &tokens_[b * T_], &targets_[b * T_]);
         model.evaluate(tokens_.data(), targets_.data(), B, 1.0 / (double(count_) * T_));
@@ -80,20 +89,22 @@ static void print_logits(const Options& options, Model& model) {
         throw BadInput("--prompt-tokens has " + std::to_string(size) + " tokens, more than the context of " +
                        std::to_string(model.context()));
     for (int64_t t = 0; t < size; t++) {
+        pass_on_signals();
         model.next_logits(&options.prompt_tokens[t], t, 1, logits.data());
         for (int64_t v = 0; v < model.vocab(); v++) printf(v ? " %.9g" : "%.9g", logits[v]);
         printf("\n");
+        if (ferror(stdout)) return; // its reader has gone, or the disk is full
     }
 }
 
 void evaluate(const Options& options, Model& model) {
     if (options.eval == "loss") {
-        printf("val_loss %.6f\n", Validation(options, model).mean_loss(model));
+        printf("val_loss %.6f\n", Validation(options, model).mean_loss(model, pass_on_signals));
         return;
     }
     Text text(options, model); // refuses tokens that the model does not know
     if (options.eval == "logits")
         print_logits(options, model);
     else
-        printf("%s\n", generate(options, model, text, 0).c_str());
+        printf("%s\n", generate(options, model, text, 0, pass_on_signals).c_str());
 }

@@ -2,6 +2,7 @@
 // --eval does one of them and exits.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,14 +26,17 @@ private:
     int32_t first_;
 };
 
+// Called before each batch of a validation and each token of a sample; may throw.
+using Pause = std::function<void()>;
+
 // --sample-tokens tokens that go on from --prompt-tokens, drawn from the sample stream of this step.
-std::string generate(const Options& options, Model& model, const Text& text, int64_t step);
+std::string generate(const Options& options, Model& model, const Text& text, int64_t step, const Pause& pause);
 
 // Mean loss over the first windows of the validation set, always the same ones.
 class Validation {
 public:
     Validation(const Options& options, const Model& model);
-    double mean_loss(Model& model);
+    double mean_loss(Model& model, const Pause& pause);
 
 private:
     Windows windows_;

@@ -1,17 +1,24 @@
 #include "log.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <nlohmann/json.hpp>
+
 #include "errors.h"
+#include "signals.h"
 
 namespace {
 
@@ -71,8 +78,6 @@ void RunLog::sync() {
 
 namespace {
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 size_t terminal_width() {
     winsize size = {};
     if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) return 80;
@@ -96,21 +101,39 @@ constexpr double kRedraw = 0.1;
 
 } // namespace
 
-Progress::Progress(double every) : terminal_(isatty(STDOUT_FILENO)), every_(every), last_(-INFINITY) {}
+void print(int fd, const std::string& text) {
+    constexpr int kLook = 100; // milliseconds between two looks at stop_signal()
+    for (size_t done = 0; done < text.size();) {
+        pollfd ready = {fd, POLLOUT, 0};
+        if (poll(&ready, 1, kLook) <= 0) {
+            if (stop_signal()) return;
+            continue;
+        }
+        // A pipe that is ready takes this much without waiting.
+        ssize_t n = ::write(fd, text.data() + done, std::min<size_t>(text.size() - done, PIPE_BUF));
+        if (n <= 0 && errno != EINTR && errno != EAGAIN) return;
+        if (n > 0) done += static_cast<size_t>(n);
+    }
+}
+
+double steady_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+Progress::Progress(double every, std::function<double()> clock)
+    : terminal_(isatty(STDOUT_FILENO)), every_(every), last_(-INFINITY), clock_(std::move(clock)) {}
 
 void Progress::show(const std::string& text) {
-    if (terminal_) {
-        printf("\r%s\x1b[K", text.substr(0, terminal_width() - 1).c_str());
-        drawn_ = true;
-    } else {
-        printf("%s\n", text.c_str());
-    }
-    fflush(stdout);
+    if (terminal_)
+        print(STDOUT_FILENO, std::string("\r") + text.substr(0, terminal_width() - 1) + "\x1b[K");
+    else
+        print(STDOUT_FILENO, text + "\n");
+    drawn_ = terminal_;
     waiting_.clear();
 }
 
 void Progress::step(const StepLine& line) {
-    double time = now();
+    double time = clock_();
     waiting_ = format_step(line);
     if (line.step < line.steps && time - last_ < (terminal_ ? kRedraw : every_)) return;
     last_ = time;
@@ -118,15 +141,13 @@ void Progress::step(const StepLine& line) {
 }
 
 void Progress::say(const std::string& line) {
-    printf("%s%s\n", drawn_ ? "\r\x1b[K" : "", line.c_str());
-    fflush(stdout);
+    print(STDOUT_FILENO, (drawn_ ? "\r\x1b[K" : "") + line + "\n");
     drawn_ = false;
 }
 
 void Progress::finish() {
     if (!waiting_.empty()) show(waiting_);
-    if (drawn_) printf("\n");
-    fflush(stdout);
+    if (drawn_) print(STDOUT_FILENO, "\n");
     drawn_ = false;
 }
 

@@ -1,12 +1,16 @@
 #include "loop.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <optional>
+#include <utility>
 
+#include <unistd.h>
+
+#include "checkpoint.h"
 #include "errors.h"
 #include "evaluation.h"
-#include "signals.h"
+#include "log.h"
 #include "tokenizer.h"
 #include "training.h"
 
@@ -16,7 +20,9 @@ static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", lin
 
 Start find_start(const Options& options) {
     Start start;
-    if (options.resume) start.resume = newest_checkpoint(options.out, warn);
+    if (options.resume)
+        if (std::optional<Checkpoint> newest = newest_checkpoint(options.out, warn))
+            start.resume = std::make_shared<Checkpoint>(std::move(*newest));
     // To start afresh would cut the log of a run whose checkpoints perhaps only could not be read just now.
     if (options.resume && !start.resume && holds_checkpoints(options.out))
         throw BadInput(options.out + ": none of its checkpoints is whole (each is named above); restore one, or start "
@@ -27,6 +33,9 @@ Start find_start(const Options& options) {
         bool is_checkpoint = fs::exists(options.init + "/manifest.json");
         std::optional<Checkpoint> found =
             is_checkpoint ? open_checkpoint(options.init) : newest_checkpoint(options.init, warn);
+        if (!found && fs::exists(options.init + "/config.json"))
+            throw BadInput("--init " + options.init + " is a HuggingFace directory; make a weights file of it: " +
+                           "scripts/convert_hf.py " + options.init + " --to FILE.bin");
         if (!found) throw BadInput(options.init + ": no whole checkpoint in this folder");
         start.weights = found->part("model.bin");
     } else {
@@ -41,10 +50,9 @@ int64_t choose_vocab(const Options& options, int64_t family_vocab) {
 }
 
 static void train(Options& options, const Device& device, Model& model, const Start& start) {
-    catch_stop_signals();
-    printf("%s\n%s\n", device_line(device).c_str(), model.describe().c_str());
-    if (!options.planned.note.empty()) printf("%s\n", options.planned.note.c_str());
-    Run(options, device, model, start.resume ? &*start.resume : nullptr).steps();
+    const std::string& note = options.planned.note;
+    print(STDOUT_FILENO, device_line(device) + "\n" + model.describe() + "\n" + (note.empty() ? "" : note + "\n"));
+    Run(options, device, model, start.resume.get()).steps();
 }
 
 void run(Options& options, const Device& device, Model& model, const Start& start) {
@@ -57,23 +65,4 @@ void run(Options& options, const Device& device, Model& model, const Start& star
 void check_vocab(const Options& options, int64_t V, const std::string& path) {
     if (options.vocab && options.vocab != V)
         throw BadInput("--vocab " + std::to_string(options.vocab) + ", but " + path + " has " + std::to_string(V));
-}
-
-// One line, whatever a value quoted in the message holds.
-static void print_failure(const char* name, std::string what) {
-    std::replace(what.begin(), what.end(), '\n', ' ');
-    fprintf(stderr, "%s: %s\n", name, what.c_str());
-}
-
-int run_program(const char* name, const std::function<void()>& body) {
-    try {
-        body();
-        return kDone;
-    } catch (const Failure& failure) {
-        print_failure(name, failure.what());
-        return failure.exit_code;
-    } catch (const std::exception& error) {
-        print_failure(name, error.what());
-        return kRunFailed;
-    }
 }

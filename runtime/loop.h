@@ -1,30 +1,27 @@
-// What both trainers do around their model: where its weights come from, the modes that train (training.h) or evaluate
-// (evaluation.h), and what becomes of an error. The model itself is all in its trainer.
+// What both trainers do around their model: where its weights come from, and the modes that train (training.h) or
+// evaluate (evaluation.h). The model itself is all in its trainer.
 #pragma once
 #include <cstdint>
-#include <functional>
-#include <optional>
+#include <memory>
 #include <string>
 
-#include "checkpoint.h"
 #include "device.h"
 #include "model.h"
 #include "options.h"
 
+struct Checkpoint;
+
 // Where a run's weights come from: the checkpoint that --resume found, the file that --init names (in a run folder its
 // newest whole checkpoint), or neither: from scratch.
 struct Start {
-    std::optional<Checkpoint> resume;
-    std::string weights; // path of a model.bin, or empty
+    std::shared_ptr<const Checkpoint> resume; // or null
+    std::string weights;                      // path of a model.bin, or empty
 };
 Start find_start(const Options& options);
 
 // Trains as the options say, or evaluates and returns; throws Failure otherwise. Training reads the optimizer's state
 // and the data position from start.resume.
 void run(Options& options, const Device& device, Model& model, const Start& start);
-
-// Runs a trainer's body and turns what it throws into one line on stderr and the exit code.
-int run_program(const char* name, const std::function<void()>& body);
 
 // The vocabulary for a new model: --vocab, else the tokenizer's size, else the family's own.
 int64_t choose_vocab(const Options& options, int64_t family_vocab);

@@ -17,7 +17,6 @@
 #include "errors.h"
 #include "files.h"
 #include "option_table.h"
-#include "plan.h"
 #include "toml.h"
 
 namespace {
@@ -179,7 +178,7 @@ Layer read_command_line(int argc, char** argv, const Family& family, const std::
     return layer;
 }
 
-constexpr size_t kConfigBytes = 1 << 20; // no list of options comes near it
+constexpr size_t kConfigBytes = 1 << 26; // --prompt-tokens of a few million
 
 Layer read_config(const std::string& path, const std::vector<OptionRow>& table, const Family& family) {
     Layer layer;

@@ -99,6 +99,9 @@ std::string options_toml(const Options& options, const Family& family);
 // A size such as 16GiB, 16G (the same), 16GB (10^9), 512MiB or plain bytes, in bytes; throws BadInput that begins with
 // `where` for anything else, and for 0.
 int64_t parse_size(const std::string& text, const std::string& where);
+// What options plan for: with --plan and --gpu or --memory a cuda build, --plan-for as it says, else this build
+// (runtime/plan.cpp).
+struct Target plan_target(const Options& options);
 // Whether --offload names `what`.
 bool waits_on_host(const Options& options, const std::string& what);
 

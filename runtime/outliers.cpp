@@ -3,6 +3,8 @@
 #include <cmath>
 #include <string>
 
+#include <nlohmann/json.hpp>
+
 #include "errors.h"
 
 double OutlierWindow::score(double value) const {

@@ -25,9 +25,6 @@ using MakeModel = std::function<std::unique_ptr<Transformer>(const Device&, cons
 // nothing, and leaves chunks and head groups to choose.
 bool plan_memory(Options& options, const MakeModel& make);
 
-// What options plan for: with --plan and --gpu or --memory a cuda build, --plan-for as it says, else this build.
-Target plan_target(const Options& options);
-
 // How fast things go, and how much of it a step is assumed to get.
 struct Machine {
     std::string name;

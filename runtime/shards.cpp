@@ -7,6 +7,8 @@
 #include <cstring>
 #include <utility>
 
+#include <nlohmann/json.hpp>
+
 #include "errors.h"
 #include "random.h"
 

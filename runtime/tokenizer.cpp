@@ -21,13 +21,14 @@ Tokenizer::Tokenizer(const std::string& path) {
     if (magic != kMagic)
         throw BadInput(path + " is not a tokenizer binary: its magic is " + std::to_string(magic) + ", not " +
                        std::to_string(kMagic));
-    if (version != 1 && version != 2)
-        throw BadInput(path + ": tokenizer version " + std::to_string(version) + ", this program reads 1 and 2");
-    // Every token takes a byte at least, so a table longer than its file is refused before memory is taken for it.
-    if (V < 1 || static_cast<size_t>(V) > file.size() - kHeaderBytes)
+    if (version < 1 || version > 3)
+        throw BadInput(path + ": tokenizer version " + std::to_string(version) + ", this program reads 1 to 3");
+    const size_t length_bytes = version == 3 ? sizeof(uint32_t) : 1;
+    // Every token takes its length at least, so a table longer than its file is refused before memory is taken for it.
+    if (V < 1 || static_cast<size_t>(V) > (file.size() - kHeaderBytes) / length_bytes)
         throw BadInput(path + ": a table of " + std::to_string(V) + " tokens cannot be in a file of " +
                        std::to_string(file.size()) + " bytes");
-    if (version == 2) {
+    if (version != 1) {
         if (end_of_text < 0 || end_of_text >= V)
             throw BadInput(path + ": end of text is token " + std::to_string(end_of_text) + " of " + std::to_string(V));
         end_of_text_ = end_of_text;
@@ -38,9 +39,11 @@ Tokenizer::Tokenizer(const std::string& path) {
     size_t at = kHeaderBytes;
     tokens_.reserve(static_cast<size_t>(V));
     for (int32_t i = 0; i < V; i++) {
-        size_t length = *file.at(at, 1);
-        tokens_.emplace_back(reinterpret_cast<const char*>(file.at(at + 1, length)), length);
-        at += 1 + length;
+        uint32_t length = 0; // little-endian, as this machine is
+        memcpy(&length, file.at(at, length_bytes), length_bytes);
+        at += length_bytes;
+        tokens_.emplace_back(reinterpret_cast<const char*>(file.at(at, length)), length);
+        at += length;
     }
     if (at != file.size())
         throw BadInput(path + ": its " + std::to_string(V) + " tokens end at byte " + std::to_string(at) +

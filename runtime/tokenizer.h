@@ -1,4 +1,5 @@
-// llm.c's tokenizer binary (data/FORMATS.md): enough to decode. Encoding is Python's (data/prepare.py, generate.py).
+// The tokenizer binary (data/FORMATS.md), llm.c's two versions and ours: enough to decode. Encoding is Python's
+// (data/prepare.py, generate.py).
 #pragma once
 #include <cstdint>
 #include <string>

@@ -58,7 +58,7 @@ Run::Run(Options& options, const Device& device, Model& model, const Checkpoint*
                      {"offload", options.offload}});
         return;
     }
-    if (due(options_.save_every) || step_ == options_.steps) log_save();
+    if (validated_ && sampled_ && (due(options_.save_every) || step_ == options_.steps)) log_save();
     progress_.say("resumed " + from->path);
 }
 
@@ -72,6 +72,8 @@ void Run::resume(const Checkpoint& from) {
     skips_ = meta.at("skips");
     losses_.restore(meta.at("losses"));
     norms_.restore(meta.at("norms"));
+    validated_ = meta.value("validated", true);
+    sampled_ = meta.value("sampled", true);
     if (loader_ && meta.contains("loader")) loader_->restore(meta.at("loader")); // a run of no steps had no data
     read_state(device_, MappedFile(from.part("optimizer.bin")), model_.tensors());
 }
@@ -79,24 +81,26 @@ void Run::resume(const Checkpoint& from) {
 void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
 
 void Run::save() {
-    if (saved_ == step_) return;
+    if (saved_ == step_ && !logged_) return;
     log_->sync();
     json meta = {{"log_bytes", log_->bytes()}, {"updates", updates_},     {"skips", skips_},
                  {"losses", losses_.state()},  {"norms", norms_.state()}, {"precision", kPrecision},
-                 {"model", model_.describe()}};
-    if (loader_) meta["loader"] = loader_->state();
+                 {"model", model_.describe()}, {"validated", validated_}, {"sampled", sampled_}};
+    if (loader_) meta["loader"] = data_;
     Tensors& tensors = model_.tensors();
     std::vector<CheckpointPart> parts = {
         {"model.bin", model_.file_bytes(), [&](FileWriter& file) { model_.write_file(file); }},
         {"optimizer.bin", state_bytes(tensors), [&](FileWriter& file) { write_state(device_, file, tensors); }}};
     save_checkpoint(options_.out, step_, parts, meta, options_.keep);
     saved_ = step_;
+    logged_ = false;
     log_save();
 }
 
 void Run::validate() {
-    if (!validation_) return;
-    double loss = validation_->mean_loss(model_);
+    double loss = 0;
+    or_save_first([&] { loss = validation_->mean_loss(model_, [&] { stop_if_asked(); }); });
+    logged_ = true;
     log_->write({{"event", "val"}, {"step", step_}, {"loss", loss}, {"tokens", tokens()}});
     char line[64];
     snprintf(line, sizeof line, "step %lld: val loss %.4f", static_cast<long long>(step_), loss);
@@ -104,21 +108,40 @@ void Run::validate() {
 }
 
 void Run::sample() {
-    std::string text = generate(options_, model_, text_, step_);
+    std::string text = generate(options_, model_, text_, step_, [&] { stop_if_asked(); });
+    logged_ = true;
     log_->write({{"event", "sample"}, {"step", step_}, {"text", text}});
     progress_.say("step " + std::to_string(step_) + " sample:\n" + text);
 }
 
 void Run::stop_if_asked() {
+    pass_on_signals();
     std::string why;
     if (int signal = stop_signal()) why = std::string("signal ") + strsignal(signal);
     if (options_.max_hours > 0 && seconds() - began_ > options_.max_hours * 3600) why = "--max-hours";
-    if (why.empty() || step_ >= options_.steps) return;
+    const bool done = step_ >= options_.steps && validated_ && sampled_;
+    if (why.empty() || done) return;
     save();
     log_->write({{"event", "end"}, {"step", step_}, {"reason", why}});
     progress_.finish();
     throw Failure(kStopped, "stopped at step " + std::to_string(step_) + " (" + why + "); go on with: --out " +
                                 options_.out + " --resume");
+}
+
+// What cannot be read ends the run, but not without a checkpoint of what it has learned.
+void Run::or_save_first(const std::function<void()>& read) {
+    try {
+        read();
+    } catch (const Failure& failure) {
+        if (failure.exit_code == kStopped || step_ == 0) throw;
+        try {
+            save();
+        } catch (const std::exception& error) {
+            throw Failure(failure.exit_code, std::string(failure.what()) + " (nor could step " + std::to_string(step_) +
+                                                 " be saved: " + error.what() + ")");
+        }
+        throw;
+    }
 }
 
 std::string Run::reason_to_skip(double loss, double norm, double& z) const {
@@ -135,7 +158,8 @@ void Run::one_step() {
     std::vector<int32_t> tokens(B * T), targets(B * T);
     model_.begin_step(step_);
     for (int64_t i = 0; i < micro_steps; i++) {
-        loader_->next(tokens.data(), targets.data(), B);
+        stop_if_asked();
+        or_save_first([&] { loader_->next(tokens.data(), targets.data(), B); });
         model_.accumulate(tokens.data(), targets.data(), B, 1.0 / options_.tokens_per_step);
     }
     model_.measure_gradients(options_.clip);
@@ -143,6 +167,8 @@ void Run::one_step() {
     double lr = learning_rate(schedule(), step_);
     std::string skip = reason_to_skip(loss, norm, z);
     step_++;
+    data_ = loader_->state();
+    validated_ = sampled_ = false;
     if (skip.empty()) {
         updates_++;
         skips_ = 0;
@@ -189,20 +215,30 @@ void Run::one_step() {
     }
 }
 
+// What is due at this position. A stop in the middle leaves the rest to the resumed run.
+void Run::finish_step() {
+    const bool first_or_last = step_ == 0 ? options_.steps > 0 : step_ == options_.steps;
+    if (!validated_ && validation_ && options_.val_every > 0 && (due(options_.val_every) || first_or_last)) validate();
+    validated_ = true;
+    if (!sampled_ && due(options_.sample_every)) sample();
+    sampled_ = true;
+    if (due(options_.save_every)) save();
+    stop_if_asked();
+}
+
 void Run::steps() {
-    if (saved_ < 0 && step_ < options_.steps && options_.val_every > 0) validate();
+    save_when_stopped();
+    if (loader_) data_ = loader_->state();
+    finish_step();
     while (step_ < options_.steps) {
         one_step();
-        bool last = step_ == options_.steps;
-        if (due(options_.val_every) || (last && options_.val_every > 0)) validate();
-        if (due(options_.sample_every)) sample();
-        if (due(options_.save_every)) save();
-        stop_if_asked();
+        finish_step();
     }
     save();
     log_->write({{"event", "end"}, {"step", step_}, {"reason", "done"}});
     progress_.finish();
-    printf("done: %lld steps, %s, peak memory %.2f GiB, checkpoint %s/%s\n", static_cast<long long>(step_),
-           format_duration(seconds() - began_).c_str(), double(peak_resident_bytes()) / (1 << 30), options_.out.c_str(),
-           checkpoint_name(step_).c_str());
+    char memory[32];
+    snprintf(memory, sizeof memory, "%.2f GiB", double(peak_resident_bytes()) / (1 << 30));
+    progress_.say("done: " + std::to_string(step_) + " steps, " + format_duration(seconds() - began_) +
+                  ", peak memory " + memory + ", checkpoint " + options_.out + "/" + checkpoint_name(step_));
 }

@@ -35,16 +35,21 @@ private:
     // The position.
     int64_t step_ = 0, updates_ = 0, skips_ = 0, saved_ = -1;
     OutlierWindow losses_, norms_;
+    nlohmann::json data_;                      // the loader's, before the step that may have begun
+    bool validated_ = false, sampled_ = false; // if due at this step
+    bool logged_ = false;                      // validated or sampled since the checkpoint of this step
 
-    bool due(int64_t every) const { return every > 0 && step_ % every == 0; }
+    bool due(int64_t every) const { return every > 0 && step_ > 0 && step_ % every == 0; }
     void resume(const Checkpoint& from);
     void one_step();
+    void finish_step();
     std::string reason_to_skip(double loss, double norm, double& z) const;
     void validate();
     void sample();
     void save();
     void log_save();
     void stop_if_asked();
+    void or_save_first(const std::function<void()>& read);
     int64_t tokens() const { return step_ * options_.tokens_per_step; }
     Schedule schedule() const {
         return {options_.schedule, options_.lr,     options_.final_lr,

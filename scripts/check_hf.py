@@ -5,11 +5,14 @@
     ./train_pythia --eval logits --init runs/long --prompt-tokens 1,2,3 > logits.txt
     VENV/bin/python scripts/check_hf.py DIR --tokens 1,2,3 --logits logits.txt         # compare with the trainer's
     VENV/bin/python scripts/check_hf.py DIR --tokens tokens.npy --save logits.npy      # write transformers' own
+    VENV/bin/python scripts/check_hf.py DIR --tokens 1,2,3 --texts texts.json --tokenizer data/tokenizer.json
 
 tokens.npy is (B,T) or (T) whole numbers, logits.npy (B,T,V) or (T,V) numbers, or a .txt file of (T,V). The model runs
 in fp32 with its weights widened, one sequence at a time. It must load without a missing, unexpected or misshaped tensor
-and hold T tokens. Exits 1 if a tensor or the comparison is off, 2 on bad input. Needs torch and transformers; no test
-runs it.
+and hold T tokens. texts.json is a list of texts: AutoTokenizer must give them the ids that data/prepare.py gives, every
+special token an id that the model has, and a padded batch of them must continue as each of them does alone. Exits 1 if
+anything is off, 2 on bad input. Needs torch and transformers; scripts/test_transformers.py runs it where it can install
+them.
 """
 
 import argparse
@@ -21,9 +24,13 @@ import numpy as np
 import torch
 import transformers
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+import vocabulary  # noqa: E402
+
 # On the norm of the difference over that of the logits. Four random layers at 4,096 tokens, against float64 throughout:
 # 7e-7 for GPT-2, 8e-7 to 3.4e-6 for GPT-NeoX, whose angles are fp32 in transformers and the worse the farther out.
 BOUND, BOUND_PER_POSITION = 1e-5, 5e-9
+NEW_TOKENS = 8  # that continue a text
 CHUNK = 1024  # positions whose logits are in memory at once
 
 
@@ -55,6 +62,45 @@ def load(folder: str, T: int):
     if T > context:
         raise Refused(f"{folder}: its context is {context:,} and the tokens are {T:,}")
     return model.eval(), not faults
+
+
+@torch.no_grad()
+def check_texts(model, folder: str, texts: list[str], tokenizer_json: str, eot_text: str) -> bool:
+    """Says what is off."""
+    faults = []
+    ours = vocabulary.load(tokenizer_json, eot_text)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    V = model.config.vocab_size
+    for text, ids in zip(texts, ours.encode(texts)):
+        read = theirs(text)["input_ids"]
+        if read != ids:
+            faults.append(f"{text!r} is {read}, and {ids} by data/prepare.py")
+        elif theirs.decode(read) != ours.decode(ids).decode():
+            faults.append(f"{text!r} comes back as {theirs.decode(read)!r}")
+    ends = {theirs.eos_token_id, theirs.bos_token_id, model.config.eos_token_id, model.config.bos_token_id,
+            model.generation_config.eos_token_id, model.generation_config.bos_token_id, ours.eot}
+    if len(ends) > 1:
+        faults.append(f"the end of text is {' and '.join(map(str, ends))}")
+    if beyond := {token: index for token, index in theirs.get_vocab().items() if index >= V}:
+        faults.append(f"tokens beyond the model's {V}: {beyond}")
+
+    if theirs.pad_token is None:  # as its users do
+        theirs.pad_token = theirs.eos_token
+    theirs.padding_side = "left"
+    longest = model.config.max_position_embeddings - NEW_TOKENS
+    texts = [text for text in texts if len(ours.encode([text])[0]) <= longest]
+    padded = theirs(texts, padding=True, return_tensors="pt")
+    greedy = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    together = model.generate(**padded, **greedy, pad_token_id=theirs.pad_token_id)[:, -NEW_TOKENS:]
+    for text, made in zip(texts, together.tolist()):
+        one = theirs(text, return_tensors="pt")
+        alone = model.generate(**one, **greedy, pad_token_id=theirs.pad_token_id)[0, -NEW_TOKENS:].tolist()
+        if alone != made:
+            faults.append(f"{text!r} goes on with {made} in a padded batch, and with {alone} alone")
+    for fault in faults:
+        print(f"{folder}: {fault}")
+    print(f"{type(theirs).__name__}: {len(texts)} texts and their continuations, {len(faults)} faults")
+    return not faults
 
 
 @torch.no_grad()
@@ -98,6 +144,9 @@ def check(args) -> int:
         print(f"{B} x {T} x {V} logits: largest difference {worst:.3g} at (sequence, position, token) {where}, "
               f"relative error {relative:.3g}, {'within' if good else 'ABOVE'} the bound {bound:.3g}")
         whole = whole and good
+    if args.texts:
+        with open(args.texts, encoding="utf-8") as file:
+            whole = check_texts(model, args.dir, json.load(file), args.tokenizer, args.eot_token) and whole
     return 0 if whole else 1
 
 
@@ -107,9 +156,12 @@ def main() -> int:
     parser.add_argument(
         "--tokens", metavar="FILE.npy", required=True, help="(B,T) or (T) token ids, or a list such as 1,2,3"
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--logits", metavar="FILE", help="(B,T,V) or (T,V), the trainer's, to compare with")
     what.add_argument("--save", metavar="FILE.npy", help="write transformers' logits, (B,T,V) fp32")
+    parser.add_argument("--texts", metavar="FILE.json", help="a list of texts to encode, pad and continue")
+    parser.add_argument("--tokenizer", metavar="FILE.json", help="with --texts: the tokenizer that data/prepare.py used")
+    parser.add_argument("--eot-token", metavar="TEXT", default=vocabulary.EOT_TEXT, help="with --texts: its end of text")
     parser.add_argument(
         "--bound",
         type=float,
@@ -117,8 +169,11 @@ def main() -> int:
         help=f"on the norm of the difference over that of the logits ({BOUND:g} + {BOUND_PER_POSITION:g} T)",
     )
     try:
-        return check(parser.parse_args())
-    except (Refused, OSError, ValueError) as error:
+        args = parser.parse_args()
+        if not (args.logits or args.save or args.texts) or bool(args.texts) != bool(args.tokenizer):
+            parser.error("give --logits, --save, or --texts with --tokenizer")
+        return check(args)
+    except (Refused, vocabulary.InputError, OSError, ValueError) as error:
         print(f"check_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -2,7 +2,8 @@
 """HuggingFace directories ↔ weights files of GPT-2 and Pythia (gpt2, gpt_neox), and tokenizer.json → tokenizer.bin.
 
     scripts/convert_hf.py pythia-160m --to pythia.bin        # config.json and model.safetensors -> a weights file
-    scripts/convert_hf.py runs/long --back long_hf           # a run, a checkpoint or a weights file -> HuggingFace
+    scripts/convert_hf.py runs/long --back long_hf           # a run, a checkpoint or a weights file -> HuggingFace,
+                                                             # with the run's tokenizer and a model card
     scripts/convert_hf.py --tokenizer pythia-160m/tokenizer.json --to tokenizer.bin
 
 Neither torch nor much memory is needed: tensors pass through in blocks of a few MB, in the order of the file that is
@@ -17,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import json
 import os
 import re
 import shutil
@@ -28,9 +30,21 @@ import numpy as np
 
 import hf_config
 import hf_directory
+import hf_export
 from hf_directory import Directory, Entry, Found
 from tensor_stream import BLOCK, STORAGE, Stored, recode
-from weights_file import GPT2, ITEM_BYTES, MODES, NEOX, Header, InputError, Part, locate, read_header
+from weights_file import (
+    GPT2,
+    ITEM_BYTES,
+    MODES,
+    NEOX,
+    Header,
+    InputError,
+    Part,
+    check_trainable,
+    locate,
+    read_header,
+)
 
 import vocabulary  # of data/, which weights_file puts on the path
 from common import EOT_TEXT, RunError
@@ -83,7 +97,10 @@ class Staged:
         if not self.folder or not os.path.isdir(self.target):
             return
         with os.scandir(self.target) as inside:
-            others = sorted(at.name for at in inside if not hf_directory.OURS.fullmatch(at.name) or at.is_dir())
+            others = sorted(
+                at.name for at in inside if not (hf_directory.OURS.fullmatch(at.name) or hf_export.is_ours(at.path))
+                or at.is_dir()
+            )
         if others:
             named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
             raise InputError(
@@ -148,6 +165,8 @@ def match(directory: Directory, header: Header) -> dict[str, tuple[str, Found]]:
     """Each tensor of the model under its name without prefix: its full name, and where it is. Nothing may be missing,
     and nothing left over but the buffers that the architecture is known to have."""
     family, folder = header.family, directory.folder
+    if header.L > len(directory.tensors):
+        raise InputError(f"{folder}: config.json says {header.L:,} layers, and there are {len(directory.tensors):,} tensors")
     buffers = {template.format(layer) for template in BUFFERS[family] for layer in range(header.L)}
     wanted = {part.hf: part for part in header.parts()}
     named: dict[str, tuple[str, Found]] = {}
@@ -209,6 +228,7 @@ def own_dtype(named: dict[str, tuple[str, Found]], wish: Optional[str]) -> str:
 def to_binary(args):
     with Directory(args.source) as directory:
         header = hf_config.header_of(directory.config, "fp32", directory.path(hf_directory.CONFIG))
+        check_trainable(header, directory.path(hf_directory.CONFIG))
         named = match(directory, header)
         header.dtype = own_dtype(named, args.dtype)
         with Staged(args.to, False, args.force) as staged:
@@ -277,41 +297,74 @@ def warn_of_rope(header: Header, context: int):
     if header.family == NEOX and mode == "dynamic" and context > header.original:
         warn(f"transformers takes dynamic's frequencies from the length of each sequence, the trainer from the context "
              f"of the run, so their logits agree at the full {context:,} tokens only")
+    if header.family == NEOX and (mode != "none" or header.base != 10000):
+        warn("llama.cpp's converter writes neither the rope scaling nor the base of a GPT-NeoX, so its GGUF file rotates "
+             "as an unstretched Pythia does; give them to llama.cpp by its --rope-... options")
 
 
 def back(args):
-    path = locate(args.source, warn)
-    header = read_header(path)
+    with contextlib.ExitStack() as stack:
+        export(args, *open_weights(args.source, stack), stack)
+
+
+def open_weights(source: str, stack: contextlib.ExitStack) -> tuple[str, Header, int]:
+    """Path, header and open file. Once open it stays readable, should a trainer remove the checkpoint."""
+    while True:
+        path = locate(source, warn)
+        try:
+            header = read_header(path)
+            handle = os.open(path, os.O_RDONLY)
+        except (InputError, FileNotFoundError):
+            if path == source or os.path.exists(path):
+                raise
+            continue  # removed since it was found, as a newer one is there
+        stack.callback(os.close, handle)
+        return path, header, handle
+
+
+def export(args, path: str, header: Header, handle: int, stack: contextlib.ExitStack):
     context = context_of(header, args.context, path)
-    eot = known_eot(header)
-    tokenizer = None
+    run = hf_export.run_of(path)
     if args.tokenizer:
-        tokenizer = vocabulary.load(args.tokenizer, args.eot_token)
-        if tokenizer.size > header.V:
-            raise InputError(f"{args.tokenizer}: has {tokenizer.size:,} tokens, more than the model's {header.V:,}")
+        tokenizer = vocabulary.load(args.tokenizer, args.eot_token or EOT_TEXT)
         eot = tokenizer.eot
+    else:
+        tokenizer, eot = hf_export.tokenizer_of(run, args.eot_token, warn)
+    if tokenizer and tokenizer.size > header.V:
+        raise InputError(f"{tokenizer.name}: has {tokenizer.size:,} tokens, more than the model's {header.V:,}")
+    if eot is None:
+        eot = known_eot(header)
     dtype = args.dtype or header.dtype
     written = Header(**{**header.__dict__, "dtype": dtype})
     config = hf_config.config_of(written, context, eot, path)
     warn_of_rope(header, context)
-    with contextlib.ExitStack() as stack:
-        handle = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        staged = stack.enter_context(Staged(args.back, True, args.force))
-        entries, offset = [], len(header.pack())
-        for part in header.parts(context):
-            stored = Stored(handle, path, offset, header.dtype, part.shape)
-            if part.padded:
-                check_padding(stored, header, part)
-            # Conv1D's (in, out) is the transpose of what the file holds.
-            entries.append(entry_of(part, stored, header, dtype, context))
-            offset += part.count() * ITEM_BYTES[header.dtype]
-        hf_directory.write(staged.create, config, entries, dtype, args.shard_size)
-        if tokenizer:
-            with staged.create(hf_directory.TOKENIZER) as file:
-                file.write(tokenizer.text.encode())
-        staged.commit()
+    staged = stack.enter_context(Staged(args.back, True, args.force))
+    entries, offset = [], len(header.pack())
+    for part in header.parts(context):
+        stored = Stored(handle, path, offset, header.dtype, part.shape)
+        if part.padded:
+            check_padding(stored, header, part)
+        # Conv1D's (in, out) is the transpose of what the file holds.
+        entries.append(entry_of(part, stored, header, dtype, context))
+        offset += part.count() * ITEM_BYTES[header.dtype]
+    hf_directory.write(staged.create, config, entries, dtype, args.shard_size)
+    about = (f"A {FAMILY_NAME[header.family]} of {header.parameters():,} parameters in {dtype}, for up to {context:,} "
+             "tokens, trained with Longhand.")
+    texts = {hf_export.CARD: hf_export.card(os.path.basename(staged.target), about, run)}
+    if tokenizer:
+        texts[hf_directory.TOKENIZER] = tokenizer.text
+        texts[hf_directory.TOKENIZER_CONFIG] = as_json(hf_export.tokenizer_config(tokenizer.eot_text, context))
+    if eot is not None:
+        texts[hf_directory.GENERATION] = as_json({"bos_token_id": eot, "eos_token_id": eot})
+    for name, text in texts.items():
+        with staged.create(name) as file:
+            file.write(text.encode())
+    staged.commit()
     say(args.back, written, sum(int(np.prod(entry.shape)) for entry in entries) * ITEM_BYTES[dtype])
+
+
+def as_json(values: dict) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def known_eot(header: Header) -> Optional[int]:
@@ -328,7 +381,7 @@ def say(path: str, header: Header, size: int):
 
 def tokenizer_binary(args):
     """The binary, and beside it a tokenizer.json of the same stem: the binary cannot encode (scripts/generate.py)."""
-    made = vocabulary.load(args.tokenizer, args.eot_token)
+    made = vocabulary.load(args.tokenizer, args.eot_token or EOT_TEXT)
     twin = os.path.splitext(args.to)[0] + ".json"
     if args.to == twin:
         raise InputError(f"{args.to}: a tokenizer.json belongs beside the binary under this name; call it .bin")
@@ -401,11 +454,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--tokenizer",
         metavar="FILE.json",
-        help="a byte-level BPE tokenizer.json; with --back it is copied and names the end of text, with --to and no "
-        "SOURCE it becomes FILE.bin and, beside it, FILE.json",
+        help="a byte-level BPE tokenizer.json; with --back it is copied and names the end of text (the run's own, if "
+        "it has one), with --to and no SOURCE it becomes FILE.bin and, beside it, FILE.json",
     )
     options.add_argument(
-        "--eot-token", metavar="TEXT", default=EOT_TEXT, help=f"the token of FILE.json that ends a text ({EOT_TEXT})"
+        "--eot-token", metavar="TEXT", help=f"the token of FILE.json that ends a text ({EOT_TEXT})"
     )
     options.add_argument(
         "--shard-size",
@@ -425,7 +478,9 @@ def parser() -> argparse.ArgumentParser:
 def action(args):
     """What the options ask for, and none that says nothing there."""
     if bool(args.to) == bool(args.back):
-        raise InputError("give either --to FILE.bin or --back DIR (--help lists the options)")
+        absent = args.source and not os.path.exists(args.source)
+        raise InputError("give either --to FILE.bin or --back DIR (--help lists the options)"
+                         + (f"; {args.source} is not there: {hf_directory.DOWNLOAD}" if absent else ""))
     if args.back and not args.source:
         raise InputError("--back needs a weights file, a checkpoint or a run (--help lists the options)")
     if args.to and not args.source and not args.tokenizer:

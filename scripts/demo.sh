@@ -16,10 +16,12 @@ if [[ -z $text ]]; then
     split=(--split-on $'\n\n')
 fi
 [[ -s $text ]] || { echo "demo: $text: no such text" >&2; exit 2; }
-rm -rf demo/tokens demo/run
 
 echo "== tokens: a byte-level BPE of 2048 tokens, trained on $text"
-.venv/bin/python data/prepare.py "$text" --out demo/tokens --train-tokenizer 2048 "${split[@]}"
+# Beside the last demo, which stays if this text will not do.
+.venv/bin/python data/prepare.py "$text" --out demo/new_tokens --force --train-tokenizer 2048 "${split[@]}"
+rm -rf demo/tokens demo/run
+mv demo/new_tokens demo/tokens
 
 echo
 echo "== training: 4 layers, width 192, context 1024"

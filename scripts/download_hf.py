@@ -3,37 +3,82 @@
 
     scripts/download_hf.py openai-community/gpt2 models/gpt2
 
-What is there already is kept, and an interrupted file is continued. Exit codes: 0 done, 1 the hub or the network
-failed, 2 bad options.
+What is there already is kept if it has the hash that the hub names, else refused: a folder holds one model. An
+interrupted file is continued. Exit codes: 0 done, 1 the hub or the network failed, 2 bad options or a folder that holds
+something else.
 """
 
 import argparse
+import glob
+import hashlib
 import json
 import os
 import sys
 import urllib.parse
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
 import recipes  # noqa: E402
-from common import RunError  # noqa: E402
+from common import InputError, RunError  # noqa: E402
 
 INDEX = "model.safetensors.index.json"
 
 
-def files_of(model: str) -> list[str]:
-    """Names of the files in the top folder of a model."""
+class File(NamedTuple):
+    """A file of the hub. Large ones are known by their SHA-256, others by git's name for a blob."""
+
+    size: int
+    sha256: str
+    blob: str
+
+    def is_at(self, path: str) -> bool:
+        if os.path.getsize(path) != self.size:
+            return False
+        hashed = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size)
+        with open(path, "rb") as file:
+            while data := file.read(1 << 20):
+                hashed.update(data)
+        return hashed.hexdigest() == (self.sha256 or self.blob)
+
+
+def files_of(model: str) -> dict[str, File]:
+    """The files in the top folder of a model."""
     page = f"{recipes.HUB}/api/models/{urllib.parse.quote(model)}/tree/main"
+    made = {}
     try:
-        return [entry["path"] for entry in json.loads(recipes.read(page)[0]) if entry["type"] == "file"]
-    except (ValueError, KeyError, TypeError) as error:
+        for entry in json.loads(recipes.read(page)[0]):
+            if entry["type"] == "file":
+                sha256 = (entry.get("lfs") or {}).get("oid", "")
+                made[entry["path"]] = File(int(entry["size"]), str(sha256), str(entry["oid"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{page}: the answer is not a file listing") from error
+    return made
 
 
-def wanted(model: str, there: list[str], folder: str) -> list[str]:
+def fetch(model: str, name: str, file: File, folder: str) -> str:
+    """The path of the file, which is there as the hub has it."""
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        if not file.is_at(path):
+            raise InputError(f"{path}: is there and is not {model}'s {name}; remove it, or choose another folder")
+        return path
+    # The bytes that came so far are named after the whole, so that no other file is continued with them.
+    arriving = f"{path}.{(file.sha256 or file.blob)[:16]}"
+    for other in glob.glob(glob.escape(path) + ".*"):
+        if not other.startswith(arriving) and other.endswith(".part"):
+            os.remove(other)
+    recipes.download(f"{recipes.HUB}/{model}/resolve/main/{name}", arriving)
+    if not file.is_at(arriving):
+        os.remove(arriving)
+        raise RunError(f"{path}: what arrived has not the hash that the hub names; run again")
+    os.replace(arriving, path)
+    return path
+
+
+def wanted(model: str, there: dict[str, File], folder: str) -> list[str]:
     names = ["config.json", "tokenizer.json"]
     if INDEX in there:
-        path = os.path.join(folder, INDEX)
-        recipes.download(f"{recipes.HUB}/{model}/resolve/main/{INDEX}", path)
+        path = fetch(model, INDEX, there[INDEX], folder)
         try:
             with open(path, encoding="utf-8") as file:
                 names += sorted(set(json.load(file)["weight_map"].values()))
@@ -54,14 +99,17 @@ def main() -> int:
     args = parser.parse_args()
     try:
         os.makedirs(args.folder, exist_ok=True)
-        for name in wanted(args.model, files_of(args.model), args.folder):
-            path = os.path.join(args.folder, name)
-            recipes.download(f"{recipes.HUB}/{args.model}/resolve/main/{name}", path)
+        there = files_of(args.model)
+        for name in wanted(args.model, there, args.folder):
+            path = fetch(args.model, name, there[name], args.folder)
             print(f"{path}: {os.path.getsize(path):,} bytes", flush=True)
+        return 0
+    except InputError as error:
+        code, message = 2, str(error)
     except (RunError, OSError) as error:
-        print(f"download_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+        code, message = 1, str(error)
+    print(f"download_hf.py: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 """Continues a text with a trained model: encodes the prompt, lets the trainer sample, prints what it says.
 
 scripts/generate.py demo/run "In the beginning" --tokens 200 --temperature 0.8
+scripts/generate.py demo/run -f chapter.txt
+some_program | scripts/generate.py demo/run -
 """
 
 import argparse
@@ -10,6 +12,8 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Optional
 
 try:
@@ -19,6 +23,7 @@ except ImportError:  # Python 3.10
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOKENIZER_MAGIC = 20240328
+ATTEMPTS, WAIT = 3, 0.2  # at reading a folder that a trainer saves to; seconds between
 TRAINERS = {20240326: "train_gpt2", 20261124: "train_pythia"}  # by the magic of the weights
 
 
@@ -48,19 +53,31 @@ def recorded_tokenizer(run: str) -> str:
     raise Refused(f"{options} names the tokenizer {named}, which is not there; name it with --tokenizer FILE.bin")
 
 
-def trainer_of(run: str) -> str:
-    """The program for the weights of a run, a checkpoint or a weights file."""
+def newest_weights(run: str) -> str:
+    """The last weights file of a run's folder, or the file itself."""
     pattern = os.path.join(glob.escape(run), "**", "model.bin")
     files = [run] if os.path.isfile(run) else sorted(glob.glob(pattern, recursive=True))
     if not files:
         raise Refused(f"{run}: no checkpoint in this folder")
-    try:
-        with open(files[-1], "rb") as file:
-            magic = int.from_bytes(file.read(4), "little")
-    except OSError as error:
-        raise Refused(f"{files[-1]}: cannot be read ({error.strerror})") from error
+    return files[-1]
+
+
+def trainer_of(run: str) -> str:
+    """The program for the weights of a run, a checkpoint or a weights file."""
+    for attempt in range(ATTEMPTS):
+        path = newest_weights(run)
+        try:
+            with open(path, "rb") as file:
+                magic = int.from_bytes(file.read(4), "little")
+            break
+        except FileNotFoundError as error:  # a trainer that saves here has removed it: there is a newer one
+            if attempt == ATTEMPTS - 1:
+                raise Refused(f"{path}: was removed while it was read; start again") from error
+            time.sleep(WAIT)
+        except OSError as error:
+            raise Refused(f"{path}: cannot be read ({error.strerror})") from error
     if magic not in TRAINERS:
-        raise Refused(f"{files[-1]}: not a weights file (data/FORMATS.md)")
+        raise Refused(f"{path}: not a weights file (data/FORMATS.md)")
     return os.path.join(HOUSE, TRAINERS[magic])
 
 
@@ -72,7 +89,7 @@ def vocabulary_size(path: str) -> int:
     except OSError as error:
         raise Refused(f"{path}: cannot be read ({error.strerror})") from error
     magic, version, size, _ = struct.unpack("<4i", head) if len(head) == 16 else (0, 0, 0, 0)
-    if magic != TOKENIZER_MAGIC or version not in (1, 2):
+    if magic != TOKENIZER_MAGIC or version not in (1, 2, 3):
         raise Refused(f"{path}: not a tokenizer binary (data/FORMATS.md)")
     return size
 
@@ -102,6 +119,42 @@ def encode(text: str, binary: str) -> list[int]:
     return encoder.encode(text, add_special_tokens=False).ids
 
 
+def prompt_of(args) -> str:
+    """The text to go on from, as it is, the newline at a file's end included."""
+    if args.file and args.text:
+        raise Refused(f"a prompt in words and --file {args.file} are both given: leave one out")
+    name = args.file or ("-" if args.text == "-" else "")
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read().decode()
+        if name:
+            with open(name, "rb") as file:
+                return file.read().decode()
+        args.text.encode()
+    except OSError as error:
+        raise Refused(f"{name}: cannot be read ({error.strerror})") from error
+    except UnicodeError as error:
+        where = {"": "the prompt", "-": "standard input"}.get(name, name)
+        raise Refused(f"{where} is not valid UTF-8 ({error.reason} at {error.start:,})") from error
+    return args.text
+
+
+def sample(command: list[str]) -> int:
+    """Runs the trainer. Of what it says on stderr only a warning about the prompt is of interest, and why it failed."""
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise Refused(f"{command[0]}: no such program; build it with make, or name it with --trainer") from error
+    except OSError as error:
+        raise Refused(f"{command[0]}: cannot be started ({error.strerror})") from error
+    said = done.stderr.decode(errors="replace")
+    if done.returncode:
+        sys.stderr.write(said)
+        return done.returncode if done.returncode > 0 else 128 - done.returncode
+    sys.stderr.writelines(line for line in said.splitlines(True) if line.startswith("warning: the prompt"))
+    return 0
+
+
 def generate(args) -> int:
     if not os.path.exists(args.run):
         raise Refused(f"{args.run}: no such run folder or weights file")
@@ -110,26 +163,18 @@ def generate(args) -> int:
     tokenizer = args.tokenizer or recorded_tokenizer(args.run)
     trainer = args.trainer or trainer_of(args.run)
     command = [trainer, "--eval", "sample", "--init", args.run, "--tokenizer", tokenizer]
-    if args.text:  # without a prompt the trainer begins a text
-        try:
-            args.text.encode()
-        except UnicodeError as error:
-            raise Refused("the prompt is not valid UTF-8") from error
-        command += ["--prompt-tokens", ",".join(map(str, encode(args.text, tokenizer)))]
     command += ["--sample-tokens", str(args.tokens)]
     for option, value in (("--temperature", args.temperature), ("--top-k", args.top_k), ("--seed", args.seed)):
         if value is not None:
             command += [option, str(value)]
-    try:
-        done = subprocess.run(command, stderr=subprocess.PIPE)
-    except FileNotFoundError as error:
-        raise Refused(f"{trainer}: no such program; build it with make, or name it with --trainer") from error
-    except OSError as error:  # not executable, or a prompt longer than a command line
-        raise Refused(f"{trainer}: cannot be started ({error.strerror})") from error
-    if done.returncode:  # its header and progress are noise, but the reason it failed is not
-        sys.stderr.write(done.stderr.decode(errors="replace"))
-        return done.returncode if done.returncode > 0 else 128 - done.returncode
-    return 0
+    prompt = prompt_of(args)
+    if not prompt:  # the trainer begins a text
+        return sample(command)
+    # In a file: a command line holds a few ten thousand tokens.
+    with tempfile.NamedTemporaryFile("w", prefix="longhand_prompt_", suffix=".toml") as file:
+        file.write(f"prompt-tokens = [{', '.join(map(str, encode(prompt, tokenizer)))}]\n")
+        file.flush()
+        return sample([*command, "--config", file.name])
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -145,8 +190,13 @@ def main(argv: Optional[list[str]] = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="run folder, or a weights file together with --tokenizer")
     parser.add_argument(
-        "text", metavar="TEXT", nargs="?", default="", help="the prompt; without it the model begins a text"
+        "text",
+        metavar="TEXT",
+        nargs="?",
+        default="",
+        help="the prompt, - for standard input; without one the model begins a text",
     )
+    parser.add_argument("-f", "--file", metavar="FILE", help="the prompt is what FILE holds, UTF-8")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens to add (256)")
     parser.add_argument("--temperature", type=float, metavar="X", help="below 1 is tamer, above wilder")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
@@ -158,7 +208,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         "--trainer", metavar="PATH", help="the trainer (./train_gpt2 or ./train_pythia, as the weights ask for)"
     )
     try:
-        return generate(parser.parse_args(argv))
+        return generate(parser.parse_intermixed_args(argv))
     except Refused as refused:
         print(f"generate.py: error: {' '.join(str(refused).split())}", file=sys.stderr)
         return 2

@@ -1,8 +1,10 @@
 """config.json of a HuggingFace directory ↔ the header of a weights file.
 
-Releases of transformers read rotary settings from different places: 5.x from rope_scaling, else from rope_parameters;
-4.x from rope_scaling, rotary_emb_base and rotary_pct. We write both in such a way that they agree, and refuse a file
-that says two things.
+Releases of transformers read rotary settings from different places: 5.x from rope_scaling, else from rope_parameters,
+and there alone but for rotary_emb_base and rotary_pct, which stand in for a base and a share that are not there; 4.57
+from rope_scaling, rotary_emb_base and rotary_pct. No release reads rope_theta or partial_rotary_factor beside those. We
+write all of them in such a way that they agree, and refuse a file in which any place says something else than is read.
+A file with rope_parameters alone is 5.x's own, and is read as 5.x does.
 
     mode      written as       read by transformers
     none      default
@@ -70,18 +72,18 @@ class Config:
             self.refuse(where, f"is {value!r}, not a number of usable size")
         return float(value)
 
-    def one(self, what: str, places: dict[str, Any], default: Any) -> Any:
-        """The value that all places agree on; releases of transformers read different ones."""
-        given = {place: value for place, value in places.items() if value is not None}
-        for place, value in given.items():
-            first = next(iter(given))
-            if value != given[first]:
+    def one(self, what: str, read: dict[str, Any], others: dict[str, Any], default: Any) -> Any:
+        """The value at the first place that is read, else the default; every other place must agree with it."""
+        given = {place: value for place, value in read.items() if value is not None} or {"transformers' default": default}
+        first = next(iter(given))
+        for place, value in (given | others).items():
+            if value is not None and value != given[first]:
                 self.refuse(what, f"is {given[first]!r} as {first} and {value!r} as {place}; make them agree")
-        return next(iter(given.values()), default)
+        return given[first]
 
 
 def rope_of(config: Config, header: Header):
-    """Fills the header's rotary settings as transformers 5 reads them."""
+    """Fills the header's rotary settings as transformers reads them."""
     values, D = config.values, header.C // header.H
     sections: dict[str, dict[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -90,9 +92,18 @@ def rope_of(config: Config, header: Header):
         if values.get(key):
             sections[key] = values[key]
 
-    def one(what: str, *keys: str, top: tuple[str, ...] = (), default: Any = None) -> Any:
-        places = {f"{name}.{key}": section.get(key) for name, section in sections.items() for key in keys}
-        return config.one(what, places | {key: values.get(key) for key in top}, default)
+    chosen = next(iter(sections), "")  # rope_scaling, should both be there
+    if values.get("head_dim") not in (None, D):  # the rotation would be of this many dimensions, all else of D
+        config.refuse("head_dim", f"is {values['head_dim']!r}, and hidden_size over num_attention_heads {D}; make them agree")
+
+    def one(what: str, *keys: str, top: str = "", unread: str = "", default: Any = None) -> Any:
+        """`top` stands in for the section's key. 4.57 reads it alone, so that beside rope_scaling it is first."""
+        inside = {f"{name}.{key}": section.get(key) for name, section in sections.items() for key in keys}
+        read = {place: value for place, value in inside.items() if place.startswith(f"{chosen}.")}
+        if top:
+            outside = {top: values.get(top)}
+            read = outside if chosen == "rope_scaling" else read | outside
+        return config.one(what, read, inside | ({unread: values.get(unread)} if unread else {}), default)
 
     kind = one("rope_type", "rope_type", "type", default="default")
     if kind not in ("default", "linear", "dynamic", "yarn"):
@@ -104,9 +115,10 @@ def rope_of(config: Config, header: Header):
             if key not in allowed and section[key] is not None:
                 config.refuse(f"{name}.{key}", f"is {section[key]!r}, which rope {kind} does not have here")
     header.mode = MODES.index("none" if kind == "default" else kind)
-    base = one("the rotary base", "rope_theta", top=("rotary_emb_base", "rope_theta"), default=10000.0)
+    base = one("the rotary base", "rope_theta", top="rotary_emb_base", unread="rope_theta", default=10000.0)
     header.base = config.real("the rotary base", base)
-    share = one("the rotated share", "partial_rotary_factor", top=("rotary_pct", "partial_rotary_factor"), default=0.25)
+    share = one("the rotated share", "partial_rotary_factor", top="rotary_pct", unread="partial_rotary_factor",
+                default=0.25)
     share = config.real("the rotated share", share)
     if not 0 <= share <= 1:
         config.refuse("the rotated share", f"is {share:g}, not from 0 to 1")
@@ -118,7 +130,8 @@ def rope_of(config: Config, header: Header):
         header.scale = config.real("rope factor", factor)
     window = "original_max_position_embeddings"
     header.original = config.whole("max_position_embeddings")
-    given = one(window, window, top=(window,))
+    # yarn takes it from its section, else max_position_embeddings; the other modes do without.
+    given = one(window, window, unread=window, default=header.original if kind == "yarn" else values.get(window))
     if given is not None:
         original = Config({window: given}, config.path).whole(window)
         if kind == "dynamic" and original != header.original:
@@ -127,8 +140,8 @@ def rope_of(config: Config, header: Header):
         header.original = original
     if kind == "yarn":
         for key, default in YARN_DEFAULTS.items():
-            value = one(key, key)
-            if value is not None and value != default:
+            value = one(key, key, default=default)
+            if value != default:
                 config.refuse(key, f"is {value!r}; yarn is known with {default!r} only")
         factor, usual = one("attention_factor", "attention_factor"), 0.1 * math.log(max(header.scale, 1.0)) + 1.0
         if factor is not None and not math.isclose(config.real("attention_factor", factor), usual, rel_tol=1e-6):

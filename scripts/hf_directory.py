@@ -19,9 +19,10 @@ from weights_file import ITEM_BYTES, InputError
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SAFE_NAME = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 DTYPE = {safe: dtype for dtype, safe in SAFE_NAME.items()}
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 # Names that an export has, and no others.
-OURS = re.compile(r"(config|tokenizer)\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
+OURS = re.compile(r"(generation_|tokenizer_)?config\.json|tokenizer\.json|model\.safetensors(\.index\.json)?|model-\d{5,}-of-\d{5,}\.safetensors")
+DOWNLOAD = "a model of HuggingFace's hub comes by scripts/download_hf.py MODEL DIR, then name DIR"
 OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 
@@ -58,7 +59,7 @@ class Directory:
 
     def __init__(self, folder: str):
         if not os.path.isdir(folder):
-            raise InputError(f"{folder}: no such folder; a HuggingFace directory with {CONFIG} is needed")
+            raise InputError(f"{folder}: no such folder; {DOWNLOAD}")
         self.folder = folder
         self.config = read_json(self.path(CONFIG))
         self.handles: list[int] = []

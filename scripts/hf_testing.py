@@ -13,7 +13,7 @@ VERSION = {"F32": 3, "BF16": 5, "F16": 6}
 OPTION = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 KINDS = list(VERSION)
 FAMILIES = ["gpt2", "gpt_neox"]
-L, H, C, V, T = 3, 2, 24, 131, 40  # Vp = 256; D = 12
+L, H, C, V, T = 3, 2, 64, 131, 40  # Vp = 256; D = 32
 VP = 256
 
 GPT2_CONFIG = {
@@ -116,7 +116,7 @@ def write_directory(folder, family, tensors, kind="F32", **changes):
 
 
 def neox_words(mode=0, base=10000.0, scale=1.0, original=T, parallel=1, gelu=2, temperature=0, maxT=T, kind="F32"):
-    head = (20261124, VERSION[kind], maxT, V, L, H, C, VP, 6, parallel, gelu, mode, temperature, original)
+    head = (20261124, VERSION[kind], maxT, V, L, H, C, VP, 16, parallel, gelu, mode, temperature, original)
     return struct.pack("<14i2d", *head, base, scale)
 
 

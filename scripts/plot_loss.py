@@ -6,11 +6,11 @@ scripts/plot_loss.py demo/run -o loss.png
 
 import argparse
 import json
-import math
 import os
 import sys
 from typing import Optional
 
+LARGEST = 1e39  # above every float32; what is larger nobody measured, and it cannot be drawn
 Curve = tuple[list[float], list[float]]  # tokens, losses
 
 
@@ -27,9 +27,9 @@ def read_log(path: str) -> tuple[Curve, Curve]:
                 try:
                     event = json.loads(line)
                     kind, tokens, loss = event["event"], float(event["tokens"]), float(event["loss"])
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     continue
-                if kind in curves and math.isfinite(loss):
+                if kind in ("step", "val") and 0 <= tokens <= LARGEST and abs(loss) <= LARGEST:
                     curves[kind][0].append(tokens)
                     curves[kind][1].append(loss)
     except OSError as error:

@@ -108,6 +108,27 @@ prepare_tokens() {
         fi
     fi
     make_once "$TOKENS/dataset.json" "$PYTHON" data/prepare.py "${from[@]}" "$@" --out "$TOKENS"
+    same_tokens
+}
+
+# Makes VAL_TOKENS what all contexts of the recipe divide and the first validation shard holds: a window never spans
+# shards and what is left at a shard's end is not looked at, so that else each context would see other tokens.
+same_tokens() {
+    local shard=$TOKENS/val_000000.bin unit=1 context a b rest most
+    [[ -e $shard ]] || return 0
+    for context in "$SHORT" "$CONTEXT" ${STAGES:-}; do
+        context=${context%:*} a=$unit b=$context
+        while ((b)); do rest=$((a % b)) a=$b b=$rest; done
+        unit=$((unit / a * context))
+    done
+    most=$(($(od -An -td4 -j8 -N4 "$shard") - 1))
+    ((most < VAL_TOKENS)) || most=$VAL_TOKENS
+    if ((most < unit)); then
+        echo "  no $unit tokens in $shard: losses at different contexts are of different tokens"
+    else
+        VAL_TOKENS=$((most / unit * unit))
+        echo "  validation losses are of the same $VAL_TOKENS tokens at every context"
+    fi
 }
 
 # val_loss of weights $1 at context $2, further options behind.
@@ -129,7 +150,7 @@ measure() {
     done
 }
 
-# All that was measured. Losses are comparable: all are of the same tokens.
+# All that was measured. Losses are comparable unless same_tokens said otherwise.
 table() {
     title "validation loss"
     [[ -n ${DRY:-} ]] || printf '  %-56s %s\n' "${LOSSES[@]}"

@@ -169,7 +169,7 @@ def test_tied_positions_are_expanded(context, tmp_path):
 def test_shards_and_their_index(tmp_path):
     tensors = model("gpt_neox", "BF16")
     (tmp_path / "model.bin").write_bytes(binary("gpt_neox", tensors, "BF16"))
-    assert run(tmp_path / "model.bin", "--back", tmp_path / "hf", "--shard-size", "0.012MB") == 0
+    assert run(tmp_path / "model.bin", "--back", tmp_path / "hf", "--shard-size", "0.08MB") == 0
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -178,7 +178,7 @@ def test_shards_and_their_index(tmp_path):
     filled = {name: 0 for name in files}
     for name, file in index["weight_map"].items():
         filled[file] += tensors[name].nbytes
-    assert max(filled.values()) <= 12_000
+    assert max(filled.values()) <= 80_000
     assert read_safetensors(tmp_path / "hf") == raw(tensors, "BF16")
     assert run(tmp_path / "hf", "--to", tmp_path / "again.bin") == 0
     assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
@@ -228,7 +228,7 @@ def test_what_config_json_says_of_rope(tmp_path):
     assert (linear["max_position_embeddings"], linear["original_max_position_embeddings"]) == (T, 10)
     ntk = exported(tmp_path, mode=2, scale=4.0, original=10)  # 6 rotated dimensions
     assert ntk["rope_parameters"]["rope_type"] == "default" and ntk["rope_scaling"] is None
-    assert ntk["rope_theta"] == ntk["rotary_emb_base"] == pytest.approx(10000 * 4.0**1.5, rel=1e-15)
+    assert ntk["rope_theta"] == ntk["rotary_emb_base"] == pytest.approx(10000 * 4.0 ** (16 / 14), rel=1e-15)
     dynamic = exported(tmp_path, mode=3, scale=4.0, original=10)  # its window is max_position_embeddings
     assert dynamic["max_position_embeddings"] == 10 and dynamic["longhand"] == {"context": T}
     yarn = exported(tmp_path, mode=4, scale=4.0, original=10)
@@ -245,17 +245,17 @@ def test_a_yarn_that_some_releases_misread_is_told(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "4, the context over the original one" in told and "instead of 3;" in told and "--context 30" in told
     assert run(tmp_path / "model.bin", "--back", tmp_path / "other", "--context", 30) == 0
-    assert capsys.readouterr().err == ""
+    assert "releases of transformers" not in capsys.readouterr().err
 
 
 def test_a_dynamic_that_depends_on_the_length_is_told(tmp_path, capsys):
     exported(tmp_path, mode=3, scale=2.0, original=10)
     told = capsys.readouterr().err
-    assert f"agree at the full {T} tokens only" in told and told.count("\n") == 1
+    assert f"agree at the full {T} tokens only" in told
     assert run(tmp_path / "model.bin", "--back", tmp_path / "unstretched", "--context", 10) == 0
     for other in (dict(), dict(mode=1, scale=4.0, original=10), dict(mode=2, scale=4.0, original=10)):
         exported(tmp_path, **other)
-    assert capsys.readouterr().err == ""
+    assert "agree at" not in capsys.readouterr().err
 
 
 OLD_AND_NEW = [
@@ -268,12 +268,10 @@ OLD_AND_NEW = [
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10, "beta_fast": 32.0,
       "beta_slow": None, "attention_factor": 1.1386294361119891, "truncate": True}},
      dict(mode=4, scale=4.0, original=10)),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 10},
-     dict(mode=4, scale=4.0, original=10)),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, dict(mode=4, scale=4.0)),
     ({"hidden_act": "gelu_fast", "use_parallel_residual": False}, dict(gelu=1, parallel=0)),
-    # transformers cuts off, and so do we: 0.55 of 12 is 6.
-    ({"rotary_pct": 0.55}, dict(mode=0)),
+    # transformers cuts off, and so do we: 0.52 of 32 is 16.
+    ({"rotary_pct": 0.52}, dict(mode=0)),
 ]
 
 
@@ -436,7 +434,7 @@ def test_existing_outputs_are_replaced_only_with_force(tmp_path, capsys):
     for name in ours:
         (tmp_path / "hf" / name).write_text("{}")
     assert run(tmp_path / "model.bin", "--back", tmp_path / "hf", "--force") == 0
-    assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "hf")) == ["README.md", "config.json", "model.safetensors"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
     assert "config.json" in t.refused(capsys, tmp_path / "model.bin", "--back", tmp_path / "home", "--force")
@@ -449,6 +447,7 @@ def test_force_deletes_nothing_but_an_export(tmp_path, capsys, monkeypatch):
     (tmp_path / "model.bin").write_bytes(binary("gpt2", model("gpt2")))
     assert run(tmp_path / "model.bin", "--back", tmp_path / "hf") == 0
     command = [tmp_path / "model.bin", "--back", tmp_path / "hf", "--force"]
+    (tmp_path / "hf" / "README.md").unlink()
     others = ["README.md", ".git", "model-1-of-2.safetensors", "model.safetensors.old"]
     for name in others:
         (tmp_path / "hf" / name).mkdir() if name == ".git" else (tmp_path / "hf" / name).write_text("mine")
@@ -521,7 +520,7 @@ def test_memory_does_not_grow_with_the_model(family, tmp_path, monkeypatch):
         end += size
     text = json.dumps(header).encode()
     (tmp_path / "hf").mkdir()
-    sizes = {"n_embd": width, "hidden_size": width, "intermediate_size": 4 * width, "vocab_size": V, "n_layer": 1,
+    sizes = {"n_embd": width, "hidden_size": width, "n_head": 20, "num_attention_heads": 20, "intermediate_size": 4 * width, "vocab_size": V, "n_layer": 1,
              "num_hidden_layers": 1}
     config = {key: sizes.get(key, value) for key, value in t.CONFIGS[family].items()}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))

@@ -1,5 +1,6 @@
 """download_hf.py against a small web server in place of the hub."""
 
+import hashlib
 import http.server
 import json
 import threading
@@ -26,12 +27,21 @@ SHARDS = {
         "c": "model-00001-of-00002.safetensors",
     }}).encode(),
 }
+OTHER = {name: body[::-1] + b" " for name, body in FILES.items()}  # another model's, under the same names
+
+
+def entry(path, body):
+    """A file in the hub's listing: large ones have a SHA-256 beside git's name for what git holds."""
+    blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+    lfs = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+    return {"type": "file", "path": path, "size": len(body)} | (
+        {"oid": "0" * 40, "lfs": lfs} if path.endswith(".safetensors") else {"oid": blob})
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """Models by name, and what was asked for."""
-    models = {"x/small": FILES, "x/large": SHARDS, "x/bare": {"config.json": b"{}", "pytorch_model.bin": b""}}
+    models = {"x/small": FILES, "x/large": SHARDS, "x/other": OTHER, "x/bare": {"config.json": b"{}", "pytorch_model.bin": b""}}
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -39,14 +49,15 @@ def hub(monkeypatch):
             asked.append(self.path)
             for name, files in models.items():
                 if self.path == f"/api/models/{name}/tree/main":
-                    return self.answer(json.dumps([{"type": "file", "path": path} for path in files]).encode())
+                    return self.answer(json.dumps([entry(*file) for file in files.items()]).encode())
                 file = self.path.removeprefix(f"/{name}/resolve/main/")
                 if file in files:
-                    return self.answer(files[file])
+                    begin = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")
+                    return self.answer(files[file][int(begin):], 206 if int(begin) else 200)
             self.send_error(404)
 
-        def answer(self, body):
-            self.send_response(200)
+        def answer(self, body, status=200):
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -85,3 +96,52 @@ def test_what_cannot_be_had_is_said_in_one_line(hub, monkeypatch, tmp_path, caps
     printed = capsys.readouterr().err
     assert printed.startswith("download_hf.py: error: ") and said in printed and printed.count("\n") == 1
     assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_folder_holds_one_model(hub, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, "x/small", tmp_path / "model") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert run(monkeypatch, "x/other", tmp_path / "model") == 2
+    printed = capsys.readouterr().err
+    assert "is not x/other's config.json" in printed and "choose another folder" in printed and printed.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    # Nor does a damaged file pass for a whole one.
+    (tmp_path / "model/model.safetensors").write_bytes(before["model.safetensors"][:-1] + b"x")
+    assert run(monkeypatch, "x/small", tmp_path / "model") == 2
+
+
+def test_what_was_interrupted_goes_on_only_with_its_own_bytes(hub, monkeypatch, tmp_path):
+    folder, real = tmp_path / "model", recipes.fetch
+
+    class Cut:
+        """An answer of which 1,000 bytes come."""
+
+        def __init__(self, answer):
+            self.answer, self.left = answer, 1000
+            self.status, self.headers = answer.status, answer.headers
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.answer.close()
+
+        def read(self, count):
+            data, self.left = self.answer.read(min(count, self.left)), self.left - min(count, self.left)
+            return data
+
+    def cut(url, start=0):
+        return Cut(real(url, start)) if url.endswith("/model.safetensors") else real(url, start)
+
+    for name in ("x/other", "x/small"):
+        monkeypatch.setattr(recipes, "fetch", cut)
+        assert run(monkeypatch, name, folder) == 1
+        [part] = [path for path in folder.iterdir() if path.name.endswith(".part")]
+        assert part.stat().st_size == 1000
+        for file in ("config.json", "tokenizer.json"):
+            (folder / file).unlink()
+    (folder / "model.safetensors.part").write_bytes(OTHER["model.safetensors"][:1000])  # an earlier program's
+    monkeypatch.setattr(recipes, "fetch", real)
+    assert run(monkeypatch, "x/small", folder) == 0
+    got = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert got == {file: body for file, body in FILES.items() if file != "README.md"}

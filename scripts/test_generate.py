@@ -1,5 +1,6 @@
 """generate.py against a trainer that only tells how it was called."""
 
+import importlib
 import json
 import os
 import struct
@@ -16,11 +17,19 @@ TEXT = "And it came to pass, that the king's men went up; and there were 120 of 
 
 TRAINER = """#!/usr/bin/env python3
 import json, sys
-if "--fail" in open(sys.argv[sys.argv.index("--init") + 1] + "/options.toml").read():
+said = open(sys.argv[sys.argv.index("--init") + 1] + "/options.toml").read()
+if "--fail" in said:
     sys.stderr.write("the checkpoint is torn\\n")
     sys.exit(3)
 sys.stderr.write("build cpu, 2 threads\\n")
-print(json.dumps(sys.argv[1:]))
+if "--warn" in said:
+    sys.stderr.write("warning: the prompt has 9 tokens\\n")
+called = sys.argv[1:]
+if "--config" in called:
+    at = called.index("--config")
+    name, value = open(called[at + 1]).read().split(" = ")
+    called[at : at + 2] = [name, value]
+print(json.dumps(called))
 """
 
 
@@ -55,10 +64,9 @@ def run(tmp_path, data):
     return folder
 
 
-def generate(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, f"{HERE}/generate.py", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
-    )
+def generate(*arguments, **options):
+    command = [sys.executable, f"{HERE}/generate.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def refused(capfd, *arguments):
@@ -73,7 +81,7 @@ def decoded(tokens, binary):
     with open(binary, "rb") as file:
         size = struct.unpack("<256i", file.read(1024))[2]
         table = [file.read(file.read(1)[0]) for _ in range(size)]
-    return b"".join(table[int(token)] for token in tokens.split(","))
+    return b"".join(table[token] for token in json.loads(tokens))
 
 
 @pytest.mark.parametrize("prompt", ["In the beginning", "naïve 漢字 🙂", "-5 is a number", "<|endoftext|> spelled"])
@@ -82,7 +90,7 @@ def test_calls_the_trainer(prompt, run, data, trainer):
     assert done.returncode == 0 and done.stderr == ""  # the trainer's header does not mix with the text
     called = json.loads(done.stdout)
     options = dict(zip(called[::2], called[1::2], strict=True))
-    tokens = options.pop("--prompt-tokens")
+    tokens = options.pop("prompt-tokens")
     assert options == {
         "--eval": "sample",
         "--init": str(run),
@@ -94,7 +102,45 @@ def test_calls_the_trainer(prompt, run, data, trainer):
     }
     assert decoded(tokens, data / "tokenizer.bin") == prompt.encode()
     eot = struct.unpack("<4i", (data / "tokenizer.bin").read_bytes()[:16])[3]
-    assert str(eot) not in tokens.split(",")
+    assert eot not in json.loads(tokens)
+
+
+def test_a_prompt_of_any_length_from_anywhere(run, data, trainer, tmp_path):
+    prompt = TEXT * 40  # above 200 KB, beyond what a command line takes
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+    for arguments, given in ((["-f", tmp_path / "prompt.txt"], None), (["-"], prompt), (["--file", "-"], prompt)):
+        done = generate(run, *arguments, "--trainer", trainer, input=given)
+        assert done.returncode == 0, done.stderr
+        called = json.loads(done.stdout)
+        assert called[-2] == "prompt-tokens" and decoded(called[-1], data / "tokenizer.bin") == prompt.encode()
+
+
+def test_options_stand_anywhere(run, data, trainer):
+    for arguments in ([run, "--tokens", 5, "text"], ["--tokens", 5, run, "text"], [run, "text", "--tokens", 5]):
+        called = json.loads(generate("--trainer", trainer, *arguments).stdout)
+        assert decoded(called[-1], data / "tokenizer.bin") == b"text" and called[7] == "5"
+
+
+def test_a_warning_about_the_prompt_is_heard(run, trainer):
+    with open(run / "options.toml", "a") as file:
+        file.write("# --warn\n")
+    done = generate(run, "x", "--trainer", trainer)
+    assert done.returncode == 0 and done.stderr == "warning: the prompt has 9 tokens\n"
+
+
+def test_a_checkpoint_that_goes_while_it_is_looked_at(tmp_path, monkeypatch):
+    """A trainer that saves here removes the oldest one: the next look finds what took its place."""
+    generate = importlib.import_module("generate")
+    monkeypatch.setattr(generate, "WAIT", 0)
+    weights = tmp_path / "step_00000020/model.bin"
+    weights.parent.mkdir()
+    weights.write_bytes(struct.pack("<i", 20261124))
+    found = iter([str(tmp_path / "step_00000010/model.bin"), str(weights)])
+    monkeypatch.setattr(generate, "newest_weights", lambda run: next(found))
+    assert generate.trainer_of(str(tmp_path)).endswith("train_pythia")
+    monkeypatch.setattr(generate, "newest_weights", lambda run: str(tmp_path / "gone"))
+    with pytest.raises(generate.Refused, match="was removed"):
+        generate.trainer_of(str(tmp_path))
 
 
 def test_what_is_not_said_is_left_to_the_trainer(run, data, trainer):
@@ -126,9 +172,10 @@ def test_errors_are_one_line(run, data, trainer, tmp_path, capfd):
     lonely = tmp_path / "lonely.bin"
     lonely.write_bytes((data / "tokenizer.bin").read_bytes())
     strange = tmp_path / "strange.bin"
-    strange.write_bytes(struct.pack("<4i", 20240328, 2, 999, 0) + bytes(1008))
+    strange.write_bytes(struct.pack("<4i", 20240328, 3, 999, 0) + bytes(1008))
     (tmp_path / "strange.json").write_text((data / "tokenizer.json").read_text())
     (tmp_path / "torn.bin").write_bytes(b"\0" * 7)
+    (tmp_path / "latin1.txt").write_bytes(b"na\xefve")
     cases = [
         ([tmp_path / "none", "x"], "no such run folder"),
         ([trainer, "x"], "weights file"),
@@ -138,7 +185,9 @@ def test_errors_are_one_line(run, data, trainer, tmp_path, capfd):
         ([run, "x", "--tokenizer", tmp_path / "torn.bin"], "not a tokenizer binary"),
         ([run, "x", "--trainer", tmp_path / "none"], "build it with make"),
         ([run, "x", "--tokens", "many"], "invalid int value"),
-        ([run, "漢" * 40_000], "cannot be started"),  # its tokens do not fit into one argument
+        ([run, "x", "--file", lonely], "both given"),
+        ([run, "--file", tmp_path / "none.txt"], "none.txt: cannot be read"),
+        ([run, "--file", tmp_path / "latin1.txt"], "latin1.txt is not valid UTF-8"),
     ]
     for arguments, says in cases:
         assert says in refused(capfd, "--trainer", trainer, *arguments)

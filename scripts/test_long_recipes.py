@@ -3,6 +3,7 @@ the trained window -> checkpoint -> HuggingFace directory), and what they do wit
 programs that they call."""
 
 import json
+import struct
 
 import pytest
 from recipe_testing import FAMILIES, LONG, PYTHON, SHORT, StandIns, called, losses, run, start, table_of  # noqa: F401
@@ -177,3 +178,18 @@ def test_a_failure_ends_the_recipe(recipe, tmp_path):
     says = recipe(2, MODEL=tmp_path / "nothing", RUN=tmp_path / "run")
     assert "nothing" in says
     assert not called([(recipe.checkout / "calls").read_text().split()], "--eval")
+
+
+@pytest.mark.parametrize("have, contexts, tokens", [
+    (10**8, (64, 256), 524288), (1001, (64, 256), 768), (1024, (64, 256), 768), (1025, (64, 256), 1024),
+    (1001, (64, 96), 960), (200, (64, 256), None),
+])
+def test_losses_at_all_contexts_are_of_the_same_tokens(recipe, tmp_path, have, contexts, tokens):
+    """Windows end where their shard does: of a short split each context would see another part."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    (folder / "dataset.json").touch()
+    (folder / "val_000000.bin").write_bytes(struct.pack("<3i", 20240520, 1, have).ljust(1024, b"\0"))
+    commands = recipe(TOKENS=folder, SHORT=contexts[0], CONTEXT=contexts[1])
+    given = {command[command.index("--val-tokens") + 1] for command in called(commands, "--val-tokens")}
+    assert given == {str(tokens or 524288)}

@@ -38,6 +38,21 @@ def test_curves_of_a_torn_log(tmp_path):
     assert val[0] == [50 * 8192, 100 * 8192, 150 * 8192, 200 * 8192, 1662976] and val[1][-1] == 2.25
 
 
+def test_lines_that_nobody_wrote(tmp_path):
+    """Whatever stands in a log, it is drawn or passed over."""
+    odd = [
+        '{"event":["step"],"tokens":1,"loss":2}', '{"event":{},"tokens":1,"loss":2}', '{"event":"step","tokens":1e400,"loss":2}',
+        '{"event":"step","tokens":null,"loss":2}', '{"event":"step","tokens":NaN,"loss":2}', "[" * 100_000, "null", "7",
+        '{"event":"step","tokens":' + "1" * 400 + ',"loss":2}', '{"event":"step","tokens":' + "1" * 5000 + ',"loss":2}',
+        '{"event":"step","tokens":{},"loss":2}', '{"event":"val","tokens":1,"loss":"x"}', '{"event":"step","loss":2}', "",
+    ]
+    (tmp_path / "log.jsonl").write_bytes("\n".join(odd).encode() + b'\n\xff\0\n{"event":"step","tokens":8,"loss":2}\n')
+    assert plot_loss.read_log(str(tmp_path / "log.jsonl")) == (([8.0], [2.0]), ([], []))
+    with open(tmp_path / "log.jsonl", "a") as file:  # the largest numbers that a run can have, and what none has
+        file.write('{"event":"step","tokens":9e18,"loss":3.4e38}\n' * 3 + '{"event":"step","tokens":-9,"loss":1e308}\n')
+    assert plot_loss.main([str(tmp_path), "-o", str(tmp_path / "loss.png")]) == 0
+
+
 def test_smoothing_keeps_lines_and_averages_noise():
     assert plot_loss.smooth([3.0]) == [3.0]
     line = [10 - i / 100 for i in range(800)]

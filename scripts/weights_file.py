@@ -8,10 +8,10 @@ import re
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Optional
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from common import HEADER_BYTES, InputError  # noqa: E402
+from common import HEADER_BYTES, MAX_VOCAB, InputError  # noqa: E402
 
 GPT2, NEOX = "gpt2", "gpt_neox"  # as config.json's model_type says it
 MAGIC = {GPT2: 20240326, NEOX: 20261124}
@@ -23,6 +23,7 @@ VOCAB_MULTIPLE = 128  # rows of a token table are padded to it
 INT_MAX = 2**31 - 1
 MOST_BASE, MOST_SCALE = 1e30, 1e12  # rotary, the trainer's limits too (runtime/rope.cpp)
 WORDS = struct.Struct("<14i2d")  # all that a header says; the rest is zero
+HEAD_DIMS = (32, 64, 80, 128, 256)  # that attention has kernels for
 STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.old")  # .old: whole, and about to be replaced (runtime/checkpoint.h)
 
 
@@ -88,16 +89,22 @@ class Header:
             else:
                 yield Part(name, template, ours, ours)
 
+    def sizes(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """Name, shape and number of each kind of tensor: a header may promise any number of layers."""
+        for name, template, shape, _ in TABLES[self.family]:
+            yield name, shape(self), self.L if "{}" in template else 1
+
     def parameters(self) -> int:
         """As the model has them, without the padding of the token tables."""
-        return sum(math.prod(part.hf_shape if part.padded else part.shape) for part in self.parts())
+        shapes = (((self.V, self.C) if name in PADDED else shape, many) for name, shape, many in self.sizes())
+        return sum(math.prod(shape) * many for shape, many in shapes)
 
     def stretched_base(self) -> float:
         """The rotary base that transformers' plain rotation needs to turn as ntk does."""
         return self.base * self.scale ** (self.dims / (self.dims - 2)) if MODES[self.mode] == "ntk" else self.base
 
     def bytes(self) -> int:
-        return HEADER_BYTES + ITEM_BYTES[self.dtype] * sum(part.count() for part in self.parts())
+        return HEADER_BYTES + ITEM_BYTES[self.dtype] * sum(math.prod(shape) * many for _, shape, many in self.sizes())
 
 
 PADDED = {"wte", "embedin", "embedout"}
@@ -179,6 +186,18 @@ def check(header: Header, where: str):
         raise InputError(f"{where}: rope {MODES[header.mode]} has no exponent d/(d-2) for 2 rotated dimensions")
 
 
+def check_trainable(header: Header, where: str):
+    """Refuses a model that no trainer would take, before gigabytes of it are written."""
+    D = header.C // header.H
+    if D not in HEAD_DIMS:
+        raise InputError(
+            f"{where}: heads of {D} (width {header.C} over {header.H} heads); the trainer has kernels for "
+            f"{', '.join(map(str, HEAD_DIMS))}"
+        )
+    if header.V > MAX_VOCAB:
+        raise InputError(f"{where}: {header.V:,} tokens; shards hold 16-bit tokens, so at most {MAX_VOCAB:,} are trained")
+
+
 def read_header(path: str) -> Header:
     """The header of a weights file that is exactly as long as it says; InputError for any other."""
     try:
@@ -230,6 +249,33 @@ def checkpoint_model(folder: str) -> str:
     return os.path.join(folder, "model.bin")
 
 
+def checkpoints_in(run: str) -> list[str]:
+    """Names of a run's checkpoints, the newest first."""
+    steps: list[tuple[int, bool, str]] = []
+    for name in os.listdir(run):
+        if match := STEP.fullmatch(name):
+            steps.append((int(match[1] or match[2]), not name.startswith("."), name))
+    return [name for _, _, name in sorted(steps, reverse=True)]
+
+
+def newest_model(run: str, warn: Callable[[str], None]) -> Optional[str]:
+    """model.bin of the newest whole checkpoint. A trainer that saves removes older checkpoints meanwhile: where the
+    list has changed, what was found wrong may only have been on its way out, and the search begins again."""
+    while True:
+        names, refused = checkpoints_in(run), []
+        model = None
+        for name in names:
+            try:
+                model = checkpoint_model(os.path.join(run, name))
+                break
+            except InputError as error:
+                refused.append(f"{error}; the checkpoint before it is taken")
+        if not refused or checkpoints_in(run) == names:
+            for line in refused:
+                warn(line)
+            return model
+
+
 def locate(path: str, warn: Callable[[str], None]) -> str:
     """The weights file that a path means: itself, a checkpoint's, or that of a run's newest whole checkpoint."""
     if not os.path.exists(path):
@@ -238,15 +284,9 @@ def locate(path: str, warn: Callable[[str], None]) -> str:
         return path
     if os.path.exists(os.path.join(path, "manifest.json")):
         return checkpoint_model(path)
-    steps: list[tuple[int, bool, str]] = []
-    for name in os.listdir(path):
-        if match := STEP.fullmatch(name):
-            steps.append((int(match[1] or match[2]), not name.startswith("."), name))
-    for _, _, name in sorted(steps, reverse=True):
-        try:
-            return checkpoint_model(os.path.join(path, name))
-        except InputError as error:
-            warn(f"{error}; the checkpoint before it is taken")
+    if model := newest_model(path, warn):
+        return model
+    steps = checkpoints_in(path)
     if not steps and os.path.exists(os.path.join(path, "config.json")):
         raise InputError(f"{path}: is a HuggingFace directory; convert it with --to FILE.bin")
     found = "no whole checkpoint" if steps else "neither a run nor a checkpoint"

@@ -1,5 +1,6 @@
 // runtime/log.h: what lands in log.jsonl, also when the disk is full; what a pipe and a terminal see.
 #include <doctest/doctest.h>
+#include <nlohmann/json.hpp>
 
 #include <cmath>
 #include <csignal>
@@ -197,6 +198,11 @@ TEST_CASE("piped: the first step, then one a while, the last, and plain lines") 
               progress.finish();
           }) == format_step(line_of(1)) + "\n" + format_step(line_of(20)) + "\n");
     CHECK(piped([] {
+              double now = 0;
+              Progress progress(10, [&] { return now += 5; });
+              for (int64_t step = 1; step <= 5; step++) progress.step(line_of(step));
+          }) == format_step(line_of(1)) + "\n" + format_step(line_of(3)) + "\n" + format_step(line_of(5)) + "\n");
+    CHECK(piped([] {
               Progress progress(0);
               for (int64_t step = 1; step <= 3; step++) progress.step(line_of(step));
           }) == format_step(line_of(1)) + "\n" + format_step(line_of(2)) + "\n" + format_step(line_of(3)) + "\n");
@@ -210,8 +216,9 @@ TEST_CASE("piped: the first step, then one a while, the last, and plain lines") 
 TEST_CASE("on a terminal: one line, cut to the width, rewritten") {
     std::string first = format_step(line_of(1)), last = format_step(line_of(5000));
     auto body = [] {
-        Progress progress;
-        for (int64_t step = 1; step <= 10; step++) progress.step(line_of(step)); // faster than it redraws
+        double now = 0;
+        Progress progress(10, [&] { return now; });
+        for (int64_t step = 1; step <= 10; step++, now += 0.009) progress.step(line_of(step)); // faster than it redraws
         progress.say("saved");
         progress.step(line_of(5000));
         progress.finish();
@@ -220,9 +227,10 @@ TEST_CASE("on a terminal: one line, cut to the width, rewritten") {
     CHECK(on_terminal(30, body) ==
           "\r" + first.substr(0, 29) + "\x1b[K\r\x1b[Ksaved\r\n\r" + last.substr(0, 29) + "\x1b[K\r\n");
     CHECK(on_terminal(200, [] {
-              Progress progress(3600);
+              double now = 0;
+              Progress progress(3600, [&] { return now; });
               progress.step(line_of(1));
-              usleep(200000);
+              now += 0.2;
               progress.step(line_of(2));
           }) == "\r" + first + "\x1b[K\r" + format_step(line_of(2)) + "\x1b[K\r\n"); // closed when it goes
     CHECK(contains(on_terminal(0, body), "\r" + first.substr(0, 79) + "\x1b[K"));    // a terminal that knows no width

@@ -1,5 +1,6 @@
 // runtime/outliers.h: z-scores against numbers known by hand, far from zero and at the ends of the range; the state.
 #include <doctest/doctest.h>
+#include <nlohmann/json.hpp>
 
 #include <cmath>
 

@@ -171,8 +171,12 @@ TEST_CASE("tied positions are a tiled table whose copies share their gradient") 
     std::vector<float> whole(61), stepwise(61);
     tied->next_logits(tokens.data(), 0, kLong, whole.data());
     for (int64_t t = 0; t < kLong; t++) tied->next_logits(&tokens[t], t, 1, stepwise.data());
+    // Sums in another order: an error relative to all logits, since it is one of the hidden state that they share.
+    // Three times what AVX2 shows.
+    double error = 0, norm = 0;
     for (int v = 0; v < 61; v++)
-        CHECK(std::abs(stepwise[v] - whole[v]) <= 16 * kRealEpsilon * (std::abs(whole[v]) + 0.1));
+        error += std::pow(double(stepwise[v]) - whole[v], 2), norm += std::pow(double(whole[v]), 2);
+    CHECK(std::sqrt(error) <= 12 * kRealEpsilon * std::sqrt(norm));
 }
 
 TEST_CASE("the weights file carries the longer table, or the short one and its rule") {

@@ -2,6 +2,8 @@
 // queries and keys rotated by it.
 #include "../runtime/rope.h"
 
+#include <nlohmann/json.hpp>
+
 #include "check.h"
 #include "golden.h"
 

@@ -1,28 +1,40 @@
 #!/usr/bin/env python3
-"""Runs every test that this machine can, prints the time of each part, says what it skipped and why, and closes with
+"""Runs every test that this machine can and says what it skipped and why. Builds and tests share the cores: a program is
+tested while others compile. Prints the time of each test, what each part took of the processors, and closes with
 `N passed, N failed, N skipped`. Exits 1 if anything failed.
 
-    test/run.py [--long] [PART ...]      parts: cpu, cpu-bf16, asan, simt, nvcc, cuda, python (default: all)
+    test/run.py [--long] [PART ...]      parts: common, cpu, cpu-bf16, asan, simt, nvcc, cuda, python (default: all)
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import re
+import select
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT / "dev"))
 import assemble  # noqa: E402
+import lint  # noqa: E402
 
-PARTS = ["cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
+PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
+# What each part may take of the processors, building and testing, in seconds: together the limit of 15 minutes on two
+# cores. A part that takes more is said at the end.
+SHARES = {"common": 60, "cpu": 240, "cpu-bf16": 240, "asan": 240, "simt": 680, "nvcc": 110, "python": 230}
+PYTHON_BUILDS = ["cpu", "cpu-bf16", "simt", "simt-bf16"]  # whose trainers the Python tests run
 TRAINERS = ["train_gpt2", "train_pythia"]
 LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
+PYTHON = ROOT / ".venv" / "bin" / "python"
 SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
 LAUNCHES = ROOT / "build" / "launches.txt"
 KERNEL_TESTS = {"attention_huge", "gpt2", "pythia", "positions", "recording", "host_store", "host_update",
@@ -33,11 +45,17 @@ SANITIZED = ["fuzz", "shards", "tokenizer", "options", "sampler", "outliers", "l
              "rotary", "rope"]
 DOCTEST = re.compile(r"test cases:\s*(\d+)\s*\|\s*(\d+) passed\s*\|\s*(\d+) failed\s*\|\s*(\d+) skipped")
 
+Done = namedtuple("Done", "returncode stdout stderr seconds processor")
+
 
 class Tally:
+    """What was found, and the processors' seconds of each part: (building, testing)."""
+
     def __init__(self):
         self.passed = self.failed = self.skipped = 0
         self.reasons = []
+        self.taken = defaultdict(lambda: [0.0, 0.0])
+        self.lock = threading.Lock()
 
     def add(self, passed, failed, skipped):
         self.passed += passed
@@ -49,27 +67,74 @@ class Tally:
         self.reasons.append(reason)
 
 
+class Slots:
+    """One token a core, in a pipe that is also make's jobserver, so that compilers and tests together fill the cores."""
+
+    def __init__(self, count):
+        self.count = count
+        self.out, self.into = os.pipe()
+        os.set_blocking(self.out, False)
+        os.write(self.into, b"+" * count)
+
+    @contextlib.contextmanager
+    def slot(self):
+        while True:
+            select.select([self.out], [], [])
+            with contextlib.suppress(BlockingIOError):  # another was faster
+                token = os.read(self.out, 1)
+                break
+        try:
+            yield
+        finally:
+            os.write(self.into, token)
+
+    def make_flags(self):
+        """MAKEFLAGS of a make that has one slot already and takes others from here; `make test VARIABLE=…` holds on."""
+        _, separator, variables = os.environ.get("MAKEFLAGS", "").partition("-- ")
+        return f" -j{self.count} --jobserver-auth={self.out},{self.into} {separator}{variables}"
+
+
+def metered(command, pass_fds=(), **environment):
+    """Runs to the end; also says what it took, everything that it started included."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        start = time.monotonic()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, pass_fds=pass_fds,
+                                   env=os.environ | environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return Done(process.returncode, *texts, time.monotonic() - start, usage.ru_utime + usage.ru_stime)
+
+
 def run(command, **environment):
     """`timeout` also ends what the program started, and exits with 124. Threads that wait sleep: on a busy machine
     tiny models otherwise spend minutes where seconds are right."""
-    return subprocess.run(["timeout", str(TIMEOUT), *command], capture_output=True, text=True, errors="replace",
-                          stdin=subprocess.DEVNULL, env={"OMP_WAIT_POLICY": "passive"} | os.environ | environment)
+    passive = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+    return metered(["timeout", str(TIMEOUT), *command], **passive | environment)
 
 
 def report(name, seconds, outcome):
-    print(f"  {name:<32} {seconds:7.1f} s   {outcome}", flush=True)
+    print(f"  {name:<40} {seconds:7.1f} s   {outcome}", flush=True)
 
 
-def run_doctest(binary, long, **environment):
-    """One test program: its name, seconds and outcome, for `count`."""
-    command = [f"./{binary}"] + ([] if long else [f"--test-suite-exclude={LONG_SUITE}"])
-    start = time.monotonic()
-    done = run(command, **environment)
-    name = binary + "".join(f" {key.lower()}={value}" for key, value in environment.items() if key == "SIMT_SEED")
-    return name, time.monotonic() - start, done
+class Job:
+    """A test to run once all of `needs` is built. `lock`: what of its kind must not run beside it."""
+
+    def __init__(self, part, name, work, read, needs=(), lock=None):
+        self.part, self.name, self.work, self.read, self.needs, self.lock = part, name, work, read, set(needs), lock
+
+    def __call__(self, tally, slots):
+        with self.lock or contextlib.nullcontext(), slots.slot():
+            done = self.work()
+        with tally.lock:
+            tally.taken[self.part][1] += done.processor
+            self.read(tally, self.name, done)
 
 
-def count(tally, name, seconds, done):
+def read_doctest(tally, name, done):
     """What a test program prints appears only if it fails."""
     counts = DOCTEST.search(done.stdout)
     if counts:
@@ -82,60 +147,34 @@ def count(tally, name, seconds, done):
     if skipped:
         why = "too large for the simulator, long, or of the other precision" if "simt" in name else "long ones (make test-long runs them)"
         tally.reasons.append(f"{name}: {skipped} {why}")
-    report(name, seconds, f"{passed} passed" + (f", {failed} FAILED (exit {done.returncode})" if failed else ""))
+    report(name, done.seconds, f"{passed} passed" + (f", {failed} FAILED (exit {done.returncode})" if failed else ""))
     if failed:
         print(done.stdout[-6000:] + done.stderr[-6000:], flush=True)
 
 
+def doctest(part, build, test, long, lock=None, **environment):
+    binary = f"build/{build}/test_{test}"
+    command = [f"./{binary}"] + ([] if long else [f"--test-suite-exclude={LONG_SUITE}"])
+    name = binary + "".join(f" {key.lower()}={value}" for key, value in environment.items() if key == "SIMT_SEED")
+    return Job(part, name, lambda: run(command, **environment), read_doctest, [build], lock)
+
+
 def tests():
-    """Names of test programs: those of dev/simt, those that run kernels, and all others."""
+    """Names of test programs: those of dev/simt, those that run kernels, those of code that is the same in every build,
+    and all others."""
     names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
     simulator = [n for n in names if n.startswith("simt")]
     kernels = [n for n in names if n in KERNEL_TESTS or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
-    return simulator, kernels, [n for n in names if n not in simulator and n not in kernels]
+    rest = [n for n in names if n not in simulator and n not in kernels]
+    common = [n for n in rest if lint.is_common(ROOT / "test" / f"{n}.cpp")]
+    return simulator, kernels, common, [n for n in rest if n not in common]
 
 
-def build(tally, part, targets):
-    start = time.monotonic()
-    done = subprocess.run(["make", f"-j{os.cpu_count()}", "--no-print-directory", *targets], capture_output=True,
-                          text=True)
-    if done.returncode:
-        tally.add(0, 1, 0)
-        report(f"build {part}", time.monotonic() - start, "FAILED")
-        print((done.stdout + done.stderr)[-6000:], flush=True)
-        return False
-    report(f"build {part}", time.monotonic() - start, "built")
-    return True
-
-
-def run_native(tally, build_name, names, long, extra=()):
-    binaries = [f"build/{build_name}/test_{name}" for name in names]
-    if build(tally, build_name, [*binaries, *extra]):
-        for binary in binaries:
-            count(tally, *run_doctest(binary, long))
-
-
-def run_simt(tally, simulator, kernels, long):
-    """The simulator's own tests, then the layers' under several orders of their threads; a program a core."""
-    LAUNCHES.unlink(missing_ok=True)
-    for name in ("simt", "simt-bf16"):
-        if not build(tally, name, [f"build/{name}/test_{test}" for test in simulator + kernels]):
-            continue
-        for test in simulator:
-            count(tally, *run_doctest(f"build/{name}/test_{test}", long, SIMT_LAUNCHES=str(LAUNCHES)))
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            work = [(test, seed) for test in kernels for seed in SIMT_SEEDS]
-            for outcome in pool.map(
-                    lambda job: run_doctest(f"build/{name}/test_{job[0]}", long, SIMT_SEED=job[1], SIMT_THREADS="1",
-                                            SIMT_LAUNCHES=str(LAUNCHES), OMP_NUM_THREADS="1"), work):
-                count(tally, *outcome)
-
-
-def run_nvcc(tally, long):
+def nvcc_jobs(tally, assembled, long):
     nvcc = assemble.find_nvcc()
     if not nvcc:
         tally.skip("nvcc is not installed: no kernel was assembled")
-        return
+        return []
     known = assemble.known_archs(nvcc)
     archs = [arch for arch in assemble.ARCHS if long or arch in ("80", "90a")]
     for arch in archs:
@@ -143,56 +182,156 @@ def run_nvcc(tally, long):
             tally.skip(f"this nvcc does not know sm_{arch}")
     if not long:
         tally.reasons.append("sm_86, sm_89 and sm_120 (make test-long assembles for them)")
+    flags = assemble.nvcc_flags()
 
-    def done(name, problem):
-        tally.add(0, 1, 0) if problem else tally.add(1, 0, 0)
-        if problem:
-            report(f"nvcc {name}", 0, f"FAILED\n{problem}")
+    def job(source, precision, arch):
+        def work():
+            taken = []
 
-    kernels = assemble.check_all(nvcc, [arch for arch in archs if arch in known], assemble.all_sources(), done)
-    (ROOT / "build" / "assembly.txt").write_text(
-        assemble.table(kernels, assemble.read_launches([LAUNCHES] if LAUNCHES.exists() else [])), encoding="utf-8")
-    worst = sum(kernel.spills > 0 for kernel in kernels)
-    print(f"  {len(kernels)} kernels, {worst} with spills: build/assembly.txt", flush=True)
+            def quiet(command):
+                taken.append(metered(command))
+                return taken[-1]
+
+            kernels, problem = assemble.check(nvcc, flags, source, precision, arch, quiet)
+            assembled.extend(kernels)
+            return taken[0]._replace(stdout=problem)
+
+        def read(tally, name, done):
+            tally.add(0, 1, 0) if done.stdout else tally.add(1, 0, 0)
+            if done.stdout:
+                report(name, done.seconds, f"FAILED\n{done.stdout}")
+
+        return Job("nvcc", f"nvcc {source.name} {precision} sm_{arch}", work, read)
+
+    return [job(*each) for each in assemble.jobs(assemble.all_sources(), [arch for arch in archs if arch in known])]
 
 
-def run_cuda(tally, kernels, long):
-    if not assemble.find_nvcc() or run(["nvidia-smi", "-L"]).returncode:
-        tally.skip("no GPU here: CUDA kernels ran under dev/simt only")
-        return
-    for name in ("cuda", "cuda-fp32"):
-        run_native(tally, name, kernels, long)
+def read_pytest(tally, name, done):
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", last)}
+    failed = found.get("failed", 0) + found.get("error", 0) + found.get("errors", 0)
+    skipped = found.get("skipped", 0) + found.get("deselected", 0)
+    if done.returncode not in (0, 5) and not failed:
+        failed = 1
+    tally.add(found.get("passed", 0), failed, skipped)
+    if found.get("deselected"):
+        tally.reasons.append(f"{name}: {found['deselected']} long ones (make test-long runs them)")
+    tally.reasons += [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    report(name, done.seconds, f"{found.get('passed', 0)} passed" + (f", {failed} FAILED" if failed else ""))
+    for line in done.stdout.splitlines():
+        if line.startswith("covered "):
+            print(f"    {line}", flush=True)
+    if failed:
+        print((done.stdout + done.stderr)[-8000:], flush=True)
 
 
-def run_python(tally, long):
+def python_jobs(long, lock):
     """pytest for the tools, the scripts and the trainer's command line, each test beside what it tests."""
-    if not build(tally, "trainers", [f"build/{name}/{trainer}" for name in ("cpu", "cpu-bf16", "simt", "simt-bf16") for trainer in TRAINERS]):
-        return
-    python = ROOT / ".venv" / "bin" / "python"
-    for folder in ("data", "scripts", "test", "test/trials"):
-        files = sorted(str(path) for path in (ROOT / folder).glob("test_*.py"))
-        for file in files:
-            start = time.monotonic()
-            command = [str(python), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", file]
-            done = run(command + ([] if long else ["-m", "not long"]))
-            seconds = time.monotonic() - start
-            last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
-            found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", last)}
-            failed = found.get("failed", 0) + found.get("error", 0) + found.get("errors", 0)
-            skipped = found.get("skipped", 0) + found.get("deselected", 0)
-            if done.returncode not in (0, 5) and not failed:
-                failed = 1
-            tally.add(found.get("passed", 0), failed, skipped)
-            name = str(Path(file).relative_to(ROOT))
-            if found.get("deselected"):
-                tally.reasons.append(f"{name}: {found['deselected']} long ones (make test-long runs them)")
-            tally.reasons += [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
-            report(name, seconds, f"{found.get('passed', 0)} passed" + (f", {failed} FAILED" if failed else ""))
-            for line in done.stdout.splitlines():
-                if line.startswith("covered "):
-                    print(f"    {line}", flush=True)
-            if failed:
-                print((done.stdout + done.stderr)[-8000:], flush=True)
+    def job(file):
+        command = [str(PYTHON), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", file]
+        command += [] if long else ["-m", "not long"]
+        return Job("python", file, lambda: run(command), read_pytest, PYTHON_BUILDS, lock)
+
+    return [job(str(path.relative_to(ROOT))) for folder in ("test", "test/trials", "scripts", "data")
+            for path in sorted((ROOT / folder).glob("test_*.py"))]
+
+
+def plan(tally, parts, long, assembled):
+    """{build: (part, targets of make)}, in the order of building, and the jobs: what takes longest comes first."""
+    simulator, kernels, common, others = tests()
+    builds, jobs = {}, []
+    # In a long test some programs fill the memory, and on a GPU each wants all of it: one at a time.
+    alone, gpu = threading.Lock() if long else None, threading.Lock()
+
+    def build(name, part, programs):
+        builds[name] = (part, [f"build/{name}/test_{test}" for test in programs])
+
+    if "simt" in parts:
+        LAUNCHES.unlink(missing_ok=True)
+        for name in ("simt", "simt-bf16"):
+            build(name, "simt", simulator + kernels)
+            launches = {"SIMT_LAUNCHES": str(LAUNCHES)}
+            orders = {"SIMT_THREADS": "1", "OMP_NUM_THREADS": "1"}
+            jobs += [doctest("simt", name, test, long, SIMT_SEED=seed, **launches, **orders)
+                     for test in kernels for seed in SIMT_SEEDS]
+            jobs += [doctest("simt", name, test, long, **launches) for test in simulator]
+    for name in ("cpu", "cpu-bf16"):
+        if name in parts:
+            build(name, name, [test for test in kernels if test not in DEVICE_ONLY] + others)
+    if "python" in parts:
+        jobs += python_jobs(long, alone)
+    for name in PYTHON_BUILDS:
+        if "python" in parts or (name in parts and name in builds):
+            part, targets = builds.get(name, (name.removesuffix("-bf16") if "simt" in name else name, []))
+            builds[name] = part, targets + [f"build/{name}/{trainer}" for trainer in TRAINERS]
+    if "nvcc" in parts:
+        jobs += nvcc_jobs(tally, assembled, long)
+    if "asan" in parts:
+        build("cpu-asan", "asan", SANITIZED)
+        jobs += [doctest("asan", "cpu-asan", test, long, alone) for test in SANITIZED]
+    if "common" in parts:
+        build("common", "common", common)
+        jobs += [doctest("common", "common", test, long, alone) for test in common]
+    for name in ("cpu", "cpu-bf16"):
+        if name in parts:
+            jobs += [doctest(name, name, test, long, alone) for test in kernels + others if test not in DEVICE_ONLY]
+    if "cuda" in parts:
+        if assemble.find_nvcc() and not run(["nvidia-smi", "-L"]).returncode:
+            for name in ("cuda", "cuda-fp32"):
+                build(name, "cuda", kernels)
+                jobs += [doctest("cuda", name, test, long, gpu) for test in kernels]
+        else:
+            tally.skip("no GPU here: CUDA kernels ran under dev/simt only")
+    return builds, jobs
+
+
+def run_all(tally, builds, jobs):
+    """Builds one after the other; a job starts when what it needs is built and a core is free."""
+    slots = Slots(os.cpu_count())
+    waiting, built, failures = list(jobs), set(), set()
+    with concurrent.futures.ThreadPoolExecutor(slots.count) as pool:
+        started = []
+
+        def start():
+            for job in [job for job in waiting if job.needs <= built]:
+                waiting.remove(job)
+                started.append(pool.submit(job, tally, slots))
+
+        start()
+        for name, (part, targets) in builds.items():
+            with slots.slot():
+                done = metered(["make", "--no-print-directory", *targets], (slots.out, slots.into),
+                               MAKEFLAGS=slots.make_flags())
+            with tally.lock:
+                tally.taken[part][0] += done.processor
+                report(f"build {name}", done.seconds, "FAILED" if done.returncode else "built")
+                if done.returncode:
+                    tally.add(0, 1, 0)
+                    failures.add(name)
+                    print((done.stdout + done.stderr)[-6000:], flush=True)
+            if not done.returncode:
+                built.add(name)
+                start()
+        for future in started:
+            future.result()
+    for job in waiting:
+        report(job.name, 0, f"not run: {', '.join(sorted(job.needs & failures))} did not build")
+
+
+def shares(tally, parts, limited):
+    """The table of what each part took, and the parts that took more than their share."""
+    print(f"{'seconds of the processors':<28} {'building':>9} {'testing':>9} {'share':>7}")
+    over = []
+    for part in sorted(tally.taken, key=PARTS.index):
+        building, testing = tally.taken[part]
+        share = SHARES.get(part)
+        print(f"  {part:<26} {building:9.0f} {testing:9.0f} {share or '':>7}")
+        if limited and part in parts and share and building + testing > share:
+            over.append(f"warning: {part} took {building + testing:.0f} s of the processors, and its share of "
+                        f"`make test` is {share} s (SHARES in test/run.py)")
+    total = [sum(taken[i] for taken in tally.taken.values()) for i in (0, 1)]
+    print(f"  {'together':<26} {total[0]:9.0f} {total[1]:9.0f} {sum(SHARES.values()):>7}")
+    return over
 
 
 def main():
@@ -204,27 +343,18 @@ def main():
     unknown = set(parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    tally, begin = Tally(), time.monotonic()
-    simulator, kernels, others = tests()
-    for part in parts:
-        print(f"{part}:", flush=True)
-        start = time.monotonic()
-        if part in ("cpu", "cpu-bf16"):
-            native = [name for name in kernels if name not in DEVICE_ONLY]
-            run_native(tally, part, native + others, args.long, [f"build/{part}/{trainer}" for trainer in TRAINERS])
-        elif part == "asan":
-            run_native(tally, "cpu-asan", SANITIZED, args.long)
-        elif part == "simt":
-            run_simt(tally, simulator, kernels, args.long)
-        elif part == "nvcc":
-            run_nvcc(tally, args.long)
-        elif part == "cuda":
-            run_cuda(tally, kernels, args.long)
-        else:
-            run_python(tally, args.long)
-        report(f"{part} in all", time.monotonic() - start, "")
+    tally, begin, assembled = Tally(), time.monotonic(), []
+    run_all(tally, *plan(tally, parts, args.long, assembled))
+    if assembled:
+        (ROOT / "build" / "assembly.txt").write_text(
+            assemble.table(assembled, assemble.read_launches([LAUNCHES] if LAUNCHES.exists() else [])), encoding="utf-8")
+        worst = sum(kernel.spills > 0 for kernel in assembled)
+        print(f"{len(assembled)} kernels, {worst} with spills: build/assembly.txt")
+    over = shares(tally, parts, not args.long)
     for reason in tally.reasons:
         print(f"skipped: {reason}")
+    for line in over:
+        print(line)
     print(f"all parts: {time.monotonic() - begin:.0f} s")
     print(f"{tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped")
     return 1 if tally.failed or not tally.passed else 0

@@ -1,6 +1,7 @@
 // Token shards and the loader: every window exactly once an epoch, in an order that resumes; bad files refused by name
 // and number; files of 4 GiB; mixing by weight.
 #include <doctest/doctest.h>
+#include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <climits>

@@ -54,7 +54,7 @@ def wait_for_progress(process, run):
     """Until a step or more of this process is in the log, or the process has ended."""
     log = Path(run) / "log.jsonl"
     before = log.stat().st_size if log.exists() else 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if log.exists() and log.stat().st_size > before + 300:
             return
@@ -80,7 +80,7 @@ def test_stopped_by_a_signal_and_resumed(long_whole, data, tmp_path):
         process = start(precision, ["--out", run, "--resume"] if run.exists() else [*options(data, **LONG), "--out", run])
         wait_for_progress(process, run)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=600)
         if process.returncode == DONE:
             break
         assert process.returncode == STOPPED

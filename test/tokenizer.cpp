@@ -1,4 +1,4 @@
-// runtime/tokenizer.h: both versions of the file, everything that can be wrong with one, and UTF-8 by the book.
+// runtime/tokenizer.h: all versions of the file, everything that can be wrong with one, and UTF-8 by the book.
 #include <doctest/doctest.h>
 
 #include <cstring>
@@ -11,10 +11,14 @@
 
 namespace {
 
+// Lengths are a byte in versions 1 and 2, four in version 3.
 std::string file_of(const std::vector<std::string>& tokens, std::vector<int32_t> header) {
     header.resize(256);
     std::string bytes(reinterpret_cast<const char*>(header.data()), 1024);
-    for (const std::string& token : tokens) bytes += char(token.size()) + token;
+    for (const std::string& token : tokens) {
+        for (int i = 0; i < (header[1] == 3 ? 4 : 1); i++) bytes += char(token.size() >> 8 * i);
+        bytes += token;
+    }
     return bytes;
 }
 
@@ -30,7 +34,7 @@ std::string refusal(const std::string& path, const std::string& bytes) {
 
 } // namespace
 
-TEST_CASE("both versions are read and decoded") {
+TEST_CASE("all versions are read and decoded") {
     ScratchFolder folder;
     std::string path = folder / "t.bin";
     put_file(path, file_of(kTokens, {20240328, 2, 7, 6}));
@@ -51,6 +55,15 @@ TEST_CASE("both versions are read and decoded") {
     std::vector<std::string> gpt2(50257, "t");
     put_file(path, file_of(gpt2, {20240328, 1, 50257}));
     CHECK(Tokenizer(path).end_of_text() == 50256);
+
+    // GPT-NeoX-20B's vocabulary has tokens of up to 512 bytes.
+    std::vector<std::string> longer = kTokens;
+    for (size_t length : {255, 256, 257, 512, 65535, 65536, 70000}) longer.emplace_back(length, char(length));
+    put_file(path, file_of(longer, {20240328, 3, int32_t(longer.size()), 6}));
+    Tokenizer any_length(path);
+    CHECK(any_length.size() == int64_t(longer.size()));
+    CHECK(any_length.end_of_text() == 6);
+    for (size_t id = 0; id < longer.size(); id++) CHECK(any_length.decode({int32_t(id)}) == longer[id]);
 }
 
 TEST_CASE("what is wrong with a file is said with its name and numbers") {
@@ -60,7 +73,7 @@ TEST_CASE("what is wrong with a file is said with its name and numbers") {
     refusal(path, "");
     refusal(path, good.substr(0, 1023));
     CHECK(contains(refusal(path, file_of(kTokens, {20240520, 2, 7, 6})), "its magic is 20240520, not 20240328"));
-    CHECK(contains(refusal(path, file_of(kTokens, {20240328, 3, 7, 6})), "version 3"));
+    CHECK(contains(refusal(path, file_of(kTokens, {20240328, 4, 7, 6})), "version 4"));
     CHECK(contains(refusal(path, file_of(kTokens, {20240328, 0, 7, 6})), "version 0"));
     CHECK(contains(refusal(path, file_of(kTokens, {20240328, 2, 0, 0})), "a table of 0 tokens"));
     CHECK(contains(refusal(path, file_of(kTokens, {20240328, 2, -7, 0})), "a table of -7 tokens"));
@@ -71,6 +84,14 @@ TEST_CASE("what is wrong with a file is said with its name and numbers") {
     CHECK(contains(refusal(path, file_of(kTokens, {20240328, 2, 6, 5})), "its 6 tokens end at byte"));
     refusal(path, file_of(kTokens, {20240328, 2, 8, 6}));
     for (size_t n = 1024; n < good.size(); n++) refusal(path, good.substr(0, n)); // torn anywhere
+
+    std::string four_bytes = file_of(kTokens, {20240328, 3, 7, 6});
+    for (size_t n = 1024; n < four_bytes.size(); n++) refusal(path, four_bytes.substr(0, n));
+    CHECK(contains(refusal(path, file_of(kTokens, {20240328, 3, 7, 7})), "end of text is token 7 of 7"));
+    // 1024 + 285 bytes hold 71 lengths at most, and a token is no longer than the rest of its file.
+    CHECK(contains(refusal(path, file_of(kTokens, {20240328, 3, 100, 6})), "a table of 100 tokens"));
+    four_bytes.replace(1024, 4, "\xFF\xFF\xFF\xFF");
+    refusal(path, four_bytes);
 }
 
 TEST_CASE("a flipped byte never does more than change a token") {

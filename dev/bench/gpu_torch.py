@@ -6,11 +6,17 @@ dev/bench/attention.cpp, the byte-moving kernels, and steps of GPT-2 124M, compi
 """
 
 import math
+import pathlib
 import sys
 
-import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+except ImportError as error:
+    print(f"{pathlib.Path(__file__).name}: error: the Python package {error.name} is missing; install what it needs with: "
+          "pip install -r dev/requirements-golden.txt", file=sys.stderr)
+    sys.exit(2)
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 

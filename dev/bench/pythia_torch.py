@@ -14,12 +14,17 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-import torch
-import transformers
+try:
+    import numpy as np
+    import torch
+    import transformers
 
-import side_by_side as job
-from vs_torch import TorchStep
+    import side_by_side as job
+    from vs_torch import TorchStep
+except ImportError as error:
+    print(f"{pathlib.Path(__file__).name}: error: the Python package {error.name} is missing; install what it needs with: "
+          "pip install -r dev/requirements-golden.txt", file=sys.stderr)
+    sys.exit(2)
 
 V = 50304
 

@@ -19,10 +19,15 @@ import sys
 import tempfile
 import time
 
-import torch
-import transformers
+try:
+    import torch
+    import transformers
 
-import side_by_side as job
+    import side_by_side as job
+except ImportError as error:
+    print(f"{pathlib.Path(__file__).name}: error: the Python package {error.name} is missing; install what it needs with: "
+          "pip install -r dev/requirements-golden.txt", file=sys.stderr)
+    sys.exit(2)
 
 ATTENTION_T, ATTENTION_D = 8192, 64
 

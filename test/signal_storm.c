@@ -1,0 +1,86 @@
+// Preloaded by test_signals.py: sends signals to every thread of the process by its id, as profilers and timers do, from
+// a thread of its own. Handlers are empty; what matters is where they run.
+//
+// SIGNAL_STORM_MICROSECONDS between two rounds of PROF and ALRM to each thread; 0 or unset: none
+// SIGNAL_STORM_STOP         number of a signal that is sent once, to a thread drawn by SIGNAL_STORM_SEED
+// SIGNAL_STORM_AFTER        milliseconds before that
+// SIGNAL_STORM_HANG         1: fsync() never returns, as on a network disk that has gone
+// SIGNAL_STORM_REPORT       file that gets "sent N handled M" at exit
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static atomic_long sent, handled;
+
+static void on_signal(int number) {
+    (void)number;
+    handled++;
+}
+
+static long number_of(const char* name) {
+    const char* text = getenv(name);
+    return text ? atol(text) : 0;
+}
+
+static int threads(int* ids, int most) {
+    int count = 0;
+    DIR* folder = opendir("/proc/self/task");
+    if (!folder) return 0;
+    for (struct dirent* entry; count < most && (entry = readdir(folder));) {
+        int id = atoi(entry->d_name);
+        if (id > 0 && id != (int)syscall(SYS_gettid)) ids[count++] = id;
+    }
+    closedir(folder);
+    return count;
+}
+
+static int send(int thread, int number) {
+    int failed = syscall(SYS_tgkill, getpid(), thread, number) != 0;
+    if (!failed) sent++;
+    return failed;
+}
+
+static void* storm(void* unused) {
+    (void)unused;
+    long pause = number_of("SIGNAL_STORM_MICROSECONDS"), after = number_of("SIGNAL_STORM_AFTER") * 1000, waited = 0;
+    int stop = (int)number_of("SIGNAL_STORM_STOP"), ids[1024];
+    for (;;) {
+        int count = threads(ids, 1024);
+        if (pause)
+            for (int i = 0; i < count; i++) send(ids[i], SIGPROF), send(ids[i], SIGALRM);
+        if (stop && waited >= after && count) {
+            send(ids[number_of("SIGNAL_STORM_SEED") % count], stop);
+            stop = 0;
+        }
+        usleep(pause ? pause : 1000);
+        waited += pause ? pause : 1000;
+    }
+    return NULL;
+}
+
+int fsync(int fd) {
+    while (number_of("SIGNAL_STORM_HANG")) pause();
+    return (int)syscall(SYS_fsync, fd);
+}
+
+__attribute__((constructor)) static void begin(void) {
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGPROF, &action, NULL);
+    sigaction(SIGALRM, &action, NULL);
+    pthread_t thread;
+    pthread_create(&thread, NULL, storm, NULL);
+}
+
+__attribute__((destructor)) static void end(void) {
+    const char* path = getenv("SIGNAL_STORM_REPORT");
+    FILE* file = path ? fopen(path, "w") : NULL;
+    if (!file) return;
+    fprintf(file, "sent %ld handled %ld\n", sent, handled);
+    fclose(file);
+}

@@ -1,0 +1,204 @@
+// Stopping in runtime/training.h: whatever a run was doing when it was asked to stop, it saves, and the run that goes
+// on from there leaves the same checkpoints and the same log as one that nothing befell.
+#include <doctest/doctest.h>
+
+#include <csignal>
+#include <cstring>
+#include <map>
+#include <set>
+
+#include <omp.h>
+#include <unistd.h>
+
+#include "../runtime/errors.h"
+#include "../runtime/signals.h"
+#include "../runtime/training.h"
+#include "scratch.h"
+
+namespace {
+
+constexpr int64_t kContext = 8, kVocab = 100, kSaveEvery = 3;
+
+// Stands in for a model: its one weight is a sum over all that it was trained on, in order. Asks to stop at its
+// `stop_at`-th call.
+struct Recorder : Model {
+    uint64_t weight = 1, step = 0;
+    double sum = 0;
+    int calls = 0, stop_at;
+    Tensors none;
+    Family family_{"recorder", "Recorder", "", {}, false};
+
+    Recorder(int stop_at, const Checkpoint* from) : stop_at(stop_at) {
+        if (from) memcpy(&weight, MappedFile(from->part("model.bin")).at(0, sizeof weight), sizeof weight);
+    }
+    void call() {
+        if (++calls != stop_at) return;
+        kill(getpid(), SIGTERM);
+        while (!stop_signal()) usleep(100);
+    }
+    static uint64_t mix(uint64_t a, uint64_t b) { return (a ^ b) * 0x9E3779B97F4A7C15 + (a >> 7); }
+
+    void allocate() override {}
+    void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double) override {
+        call();
+        for (int64_t i = 0; i < B * kContext; i++) step = mix(mix(step, tokens[i]), targets[i]);
+        sum += double(step >> 40);
+    }
+    void evaluate(const int32_t* tokens, const int32_t*, int64_t B, double) override {
+        call();
+        for (int64_t i = 0; i < B * kContext; i++) sum += tokens[i] * double(weight >> 40);
+    }
+    void clear_loss() override { sum = 0; }
+    void begin_step(int64_t number) override { clear_loss(), step = static_cast<uint64_t>(number); }
+    void measure_gradients(double) override {}
+    void update(const Optimizer&) override { weight = mix(weight, step); }
+    double loss() override { return sum; }
+    double grad_norm() override { return 1; }
+    OptimizerCounts counts() override { return {}; }
+    int64_t non_finite_gradients() override { return 0; }
+    void next_logits(const int32_t* tokens, int64_t, int64_t n, float* logits) override {
+        call();
+        for (int64_t v = 0; v < kVocab; v++) logits[v] = float(mix(weight, uint64_t(v + tokens[n - 1])) >> 60);
+    }
+    int64_t cached_rows() const override { return kContext; }
+    Cost step_cost(int64_t) const override { return {}; }
+    int64_t vocab() const override { return kVocab; }
+    int64_t context() const override { return kContext; }
+    Tensors& tensors() override { return none; }
+    uint64_t file_bytes() const override { return sizeof weight; }
+    void write_file(FileWriter& file) override { file.write(&weight, sizeof weight); }
+    std::string describe() const override { return "a recorder"; }
+    const Family& family() const override { return family_; }
+};
+
+void write_shard(const std::string& path, int64_t tokens, int64_t bad = -1) {
+    std::string bytes(1024, '\0');
+    int32_t header[3] = {20240520, 1, static_cast<int32_t>(tokens)};
+    memcpy(bytes.data(), header, sizeof header);
+    for (int64_t i = 0; i < tokens; i++) bytes += {char(i == bad ? kVocab : i * i % 97), 0};
+    put_file(path, bytes);
+}
+
+// Six steps of two micro-batches each. Every other one is validated; samples and saves fall on some of these and not on
+// others.
+Options options_of(const ScratchFolder& folder, const std::string& run) {
+    Options o;
+    o.train = folder / "train.bin", o.val = folder / "val.bin", o.out = folder / run;
+    o.batch = 2, o.tokens_per_step = 4 * kContext, o.steps = 6;
+    o.val_every = 2, o.val_tokens = 6 * kContext, o.sample_every = 3, o.sample_tokens = 3;
+    o.save_every = kSaveEvery, o.keep = 0;
+    return o;
+}
+
+// Starts the run, or goes on with it, in a child; returns its exit code.
+int run(const ScratchFolder& folder, const std::string& name, int stop_at, int* calls = nullptr) {
+    const std::string note = folder / "calls";
+    int code = run_in_child([&] {
+        freopen("/dev/null", "w", stdout), freopen("/dev/null", "w", stderr);
+        omp_set_num_threads(1);
+        block_signals();
+        take_stop_signals();
+        Options options = options_of(folder, name);
+        auto from = newest_checkpoint(options.out, [](const std::string&) {});
+        Device device(this_target());
+        Recorder model(stop_at, from ? &*from : nullptr);
+        try {
+            Run(options, device, model, from ? &*from : nullptr).steps();
+        } catch (const Failure& failure) {
+            throw int(failure.exit_code);
+        }
+        put_file(note, std::to_string(model.calls));
+    });
+    if (calls) *calls = std::stoi(get_file(note));
+    return code;
+}
+
+// Of each file of the run its bytes; of the log and the manifests what does not depend on time.
+std::map<std::string, std::string> contents(const std::string& run) {
+    std::map<std::string, std::string> all;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(run)) {
+        if (!entry.is_regular_file()) continue;
+        std::string name = entry.path().string().substr(run.size()), text = get_file(entry.path()), kept;
+        if (name == "/log.jsonl") {
+            for (size_t begin = 0, end; (end = text.find('\n', begin)) != std::string::npos; begin = end + 1) {
+                auto event = nlohmann::json::parse(text.substr(begin, end - begin));
+                for (const char* timing : {"ms", "tokens_per_second", "peak_percent"}) event.erase(timing);
+                kept += event.dump() + "\n";
+            }
+            text = kept;
+        } else if (contains(name, "manifest.json")) {
+            auto manifest = nlohmann::json::parse(text);
+            manifest.erase("checksum"), manifest["meta"].erase("log_bytes");
+            text = manifest.dump();
+        }
+        all[name] = text;
+    }
+    return all;
+}
+
+// But for checkpoints that only a stop has made.
+std::map<std::string, std::string> due(std::map<std::string, std::string> all) {
+    std::erase_if(all, [](auto& file) {
+        size_t at = file.first.find("step_");
+        if (at == std::string::npos) return false;
+        int step = std::stoi(file.first.substr(at + 5));
+        return step == 0 || step % kSaveEvery != 0;
+    });
+    return all;
+}
+
+} // namespace
+
+TEST_CASE("stopped anywhere and resumed, a run is the one that nothing befell") {
+    ScratchFolder folder;
+    write_shard(folder / "train.bin", 400);
+    write_shard(folder / "val.bin", 100);
+    int calls = 0;
+    REQUIRE(run(folder, "whole", 0, &calls) == kDone);
+    // Micro-batches, validation batches before step 1 and after steps 2, 4 and 6, tokens of samples after 3 and 6.
+    CHECK(calls == 6 * 2 + 4 * 3 + 2 * 3);
+    const auto whole = contents(folder / "whole");
+    for (int stop_at = 1; stop_at <= calls; stop_at++) {
+        INFO("stopped in call " << stop_at);
+        const std::string name = "run_" + std::to_string(stop_at);
+        // The last call of all is followed by nothing that could be given up.
+        CHECK(run(folder, name, stop_at) == (stop_at < calls ? kStopped : kDone));
+        if (stop_at < calls) {
+            CHECK(contains(get_file(folder / (name + "/log.jsonl")), "\"reason\":\"signal Terminated\""));
+            CHECK(run(folder, name, 0) == kDone);
+        }
+        CHECK(due(contents(folder / name)) == due(whole));
+    }
+}
+
+TEST_CASE("stopped over and over") {
+    ScratchFolder folder;
+    write_shard(folder / "train.bin", 400);
+    write_shard(folder / "val.bin", 100);
+    REQUIRE(run(folder, "whole", 0) == kDone);
+    int rounds = 0;
+    while (run(folder, "run", 5) == kStopped) REQUIRE(++rounds < 20);
+    CHECK(rounds > 3);
+    CHECK(due(contents(folder / "run")) == due(contents(folder / "whole")));
+}
+
+TEST_CASE("data that cannot be read ends a run, but not before its last update is saved") {
+    ScratchFolder folder;
+    write_shard(folder / "val.bin", 100);
+    write_shard(folder / "train.bin", 400);
+    REQUIRE(run(folder, "whole", 0) == kDone);
+    std::set<std::string> saved;
+    for (int64_t bad = 5; bad < 400; bad += 50) {
+        const std::string name = "run_" + std::to_string(bad);
+        write_shard(folder / "train.bin", 400, bad);
+        int code = run(folder, name, 0);
+        auto left = newest_checkpoint(folder / name, [](const std::string&) {});
+        saved.insert(left ? checkpoint_name(left->step) : "none");
+        if (code == kDone) continue; // six steps do not see every window
+        CHECK(code == kBadInput);
+        write_shard(folder / "train.bin", 400);
+        CHECK(run(folder, name, 0) == kDone);
+        CHECK(due(contents(folder / name)) == due(contents(folder / "whole")));
+    }
+    CHECK(saved.size() >= 3); // it was met in the middle of several steps
+}
