@@ -114,10 +114,16 @@ def moment(trial, whole, run):
     if kind == "event":
         count = rng.randrange(1, len(whole["log"]))
         name = whole["log"][count - 1]["event"]
-        return f"after a {name} event", lambda: log.exists() and log.read_bytes().count(b"\n") >= count
+        return f"after a {name} event", lambda: (stamp(log) != trial.log_before and
+                                                 log.read_bytes().count(b"\n") >= count)
     name = rng.choice([".step_*.tmp", ".step_*.tmp/model.bin", ".step_*.tmp/optimizer.bin", ".step_*.tmp/manifest.json",
                        ".step_*.old", "step_*", "options.toml", "log.jsonl"])
     return f"when {name} appears", lambda: next(run.glob(name), None) is not None
+
+
+def stamp(path):
+    """What changes when a file is written."""
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
 
 
 def wait_for(process, reached):
@@ -150,7 +156,7 @@ def kill(trial, process, whole):
 
 def stop(trial, process, whole):
     number = trial.rng.choice(STOPPING)
-    begun = (trial.folder / "run/log.jsonl").exists()
+    begun = trial.log_before != stamp(trial.folder / "run/log.jsonl")
     send(trial, process, number)
     trial.tell(f"  {number.name}")
     covered[f"stops: {number.name}"] += 1
@@ -274,6 +280,7 @@ def disturb(trial, whole, run, command):
         output, stdout = "", subprocess.PIPE
     else:
         stdout = subprocess.DEVNULL
+    trial.log_before = stamp(run / "log.jsonl")
     at, reached = moment(trial, whole, run)
     data = {path: path.read_bytes() for path in (trial.folder / "data").iterdir()}
     process = trial.start(["sh", "-c", f'{begin}exec "$0" "$@" {output}', *command], stdout)

@@ -13,8 +13,8 @@ import random
 import shlex
 import shutil
 import subprocess
-import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def shown(command):
 
 def complaints(said):
     """The lines that say why a program failed; warnings and the word that a stop has been heard come before."""
-    return [line for line in said.splitlines() if line and not line.startswith(("warning: ", "stopping"))]
+    return [line for line in said.splitlines() if line and not line.startswith("warning: ") and ": stopping " not in line]
 
 
 def first_seed(many):
@@ -116,11 +116,18 @@ def hold(trial, kind, count, folder, many):
         try:
             trial(attempt)
         except Broken as why:
-            broken.append(f"{kind}, seed {seed}: {why}\n    again: SEED={seed} TRIALS=1 {Path(sys.executable).relative_to(ROOT)} -m pytest "
+            told = str(why)
+        except Exception:  # the trial itself met what it had not thought of
+            told = "\n    ".join([traceback.format_exc().splitlines()[-1], *attempt.story])
+        else:
+            told = ""
+        if told:
+            broken.append(f"{kind}, seed {seed}: {told}\n    again: SEED={seed} TRIALS=1 .venv/bin/python -m pytest "
                           f"test/trials/test_{kind}.py -m 'not long'")
         shutil.rmtree(ground, ignore_errors=True)
 
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    workers = len(os.sched_getaffinity(0)) if many else 1  # the short suite has other tests for the other cores
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, range(first, first + count)))
     covered[f"{kind}: trials"] += count
     if broken:
