@@ -201,7 +201,7 @@ void Gpt2::read_file(const MappedFile& file, FileType type, const Gpt2Config& fr
             reader.read(device_, params_.list[i]);
             continue;
         }
-        std::vector<float> table = reader.read_floats(from.maxT * c_.C);
+        std::vector<float> table = reader.read_floats(params_.list[i].name, from.maxT * c_.C);
         fill_weights(device_, params_.list[i],
                      Stretch{options.positions, table, from.maxT, c_.maxT, c_.C, options.seed});
     }

@@ -120,6 +120,20 @@ json read_manifest(const std::string& path) {
     }
 }
 
+// Manifests of earlier programs say no more than how many updates in a row were skipped.
+std::string fault_of(const json& manifest) {
+    if (auto fault = manifest.find("fault"); fault != manifest.end() && fault->is_string()) return *fault;
+    const json& meta = manifest.at("meta");
+    auto skips = meta.is_object() ? meta.find("skips") : meta.end();
+    return skips != meta.end() && skips->is_number_integer() && *skips > 0
+               ? skips->dump() + " updates in a row were skipped before it"
+               : "";
+}
+
+Checkpoint described(const std::string& path, const json& manifest) {
+    return {path, manifest.at("step"), manifest.at("meta"), fault_of(manifest)};
+}
+
 void check_sizes(const std::string& path, const json& manifest) {
     for (const json& part : manifest.at("parts")) {
         std::string name = part.at("name");
@@ -157,13 +171,19 @@ bool is_whole(const std::string& path) {
 }
 
 // Without reading the parts: a manifest of ours, and every part there with its size.
-bool looks_whole(const std::string& path) {
+std::optional<Checkpoint> looked_at(const std::string& path) {
     try {
-        check_sizes(path, read_manifest(path));
-        return true;
+        const json manifest = read_manifest(path);
+        check_sizes(path, manifest);
+        return described(path, manifest);
     } catch (const BadInput&) {
-        return false;
+        return {};
     }
+}
+
+bool exists(const std::string& path) {
+    std::error_code ignored;
+    return fs::exists(fs::symlink_status(path, ignored));
 }
 
 void remove_quietly(const std::string& path) {
@@ -174,11 +194,11 @@ void remove_quietly(const std::string& path) {
 // A kill can have struck between setting a checkpoint aside and putting the new one in its place.
 void take_back_set_aside(const std::string& run) {
     for (int64_t step : steps_in(run, ".", ".old"))
-        if (!fs::exists(fs::symlink_status(final_path(run, step))))
-            rename_path(old_path(run, step), final_path(run, step));
+        if (!exists(final_path(run, step))) rename_path(old_path(run, step), final_path(run, step));
 }
 
-void write_parts(const std::string& folder, int64_t step, const std::vector<CheckpointPart>& parts, const json& meta) {
+void write_parts(const std::string& folder, int64_t step, const std::vector<CheckpointPart>& parts, const json& meta,
+                 const std::function<std::string()>& fault) {
     std::error_code error;
     if (!fs::create_directory(folder, error))
         throw RunFailed("cannot make the folder " + folder + ": " +
@@ -194,7 +214,11 @@ void write_parts(const std::string& folder, int64_t step, const std::vector<Chec
         writer.close();
         list.push_back({{"name", part.name}, {"bytes", part.bytes}, {"xxh3", hex(writer.hash())}});
     }
-    std::string text = manifest_text({{"format", kFormat}, {"step", step}, {"meta", meta}, {"parts", list}});
+    std::string text = manifest_text({{"format", kFormat},
+                                      {"step", step},
+                                      {"meta", meta},
+                                      {"parts", list},
+                                      {"fault", fault ? fault() : std::string()}});
     FileWriter writer(folder + "/" + kManifest);
     writer.write(text.data(), text.size());
     writer.close();
@@ -205,8 +229,10 @@ void write_parts(const std::string& folder, int64_t step, const std::vector<Chec
 // name that newest_checkpoint() reads.
 void publish(const std::string& run, int64_t step) {
     std::string final = final_path(run, step), aside = old_path(run, step);
-    if (fs::exists(fs::symlink_status(final))) {
-        if (!fs::is_directory(final)) throw RunFailed(final + " is in the way and is no checkpoint; move it elsewhere");
+    std::error_code ignored;
+    if (exists(final)) {
+        if (!fs::is_directory(final, ignored))
+            throw RunFailed(final + " is in the way and is no checkpoint; move it elsewhere");
         remove_quietly(aside);
         rename_path(final, aside);
     }
@@ -222,21 +248,6 @@ void remove_checkpoint(const std::string& run, int64_t step) {
     remove_quietly(tmp_path(run, step));
 }
 
-// `newest` has just been written. Only older ones are counted and removed: a newer one is what a resume left behind
-// because it is harmed.
-void remove_oldest(const std::string& run, int64_t newest, int64_t keep) {
-    std::vector<int64_t> older = steps_in(run, "", "");
-    std::erase_if(older, [&](int64_t step) { return step >= newest || !looks_whole(final_path(run, step)); });
-    int64_t whole = 1; // `newest`
-    if (keep == 0 || static_cast<int64_t>(older.size()) < keep) return;
-    for (int64_t step : older) {
-        if (whole >= keep)
-            remove_checkpoint(run, step);
-        else if (is_whole(final_path(run, step)))
-            whole++;
-    }
-}
-
 } // namespace
 
 std::string checkpoint_name(int64_t step) {
@@ -246,7 +257,7 @@ std::string checkpoint_name(int64_t step) {
 }
 
 void save_checkpoint(const std::string& run, int64_t step, const std::vector<CheckpointPart>& parts, const json& meta,
-                     int64_t keep) {
+                     int64_t keep, const std::function<std::string()>& fault) {
     if (step < 0 || keep < 0)
         throw BadInput("cannot save step " + std::to_string(step) + " and keep " + std::to_string(keep) +
                        " checkpoints; neither can be negative");
@@ -256,7 +267,10 @@ void save_checkpoint(const std::string& run, int64_t step, const std::vector<Che
             throw BadInput("'" + parts[i].name + "' cannot be the name of a checkpoint's part, or is there twice");
 
     std::error_code error;
-    if (fs::create_directories(run, error)) sync_folder(fs::absolute(run).lexically_normal().parent_path().string());
+    if (fs::create_directories(run, error)) {
+        const std::string parent = fs::path(run).lexically_normal().parent_path().string();
+        sync_folder(parent.empty() ? "." : parent);
+    }
     if (error) throw RunFailed("cannot make the run folder " + run + ": " + error.message() + "; check --out");
     take_back_set_aside(run);
     for (int64_t left : steps_in(run, ".", ".tmp")) remove_quietly(tmp_path(run, left));
@@ -268,7 +282,7 @@ void save_checkpoint(const std::string& run, int64_t step, const std::vector<Che
                         run + " has " + megabytes(have) +
                         " left; free some space there, lower --keep, or move the run");
     try {
-        write_parts(tmp_path(run, step), step, parts, meta);
+        write_parts(tmp_path(run, step), step, parts, meta, fault);
         publish(run, step);
     } catch (...) {
         remove_quietly(tmp_path(run, step));
@@ -280,10 +294,50 @@ void save_checkpoint(const std::string& run, int64_t step, const std::vector<Che
         throw;
     }
     for (int64_t left : steps_in(run, ".", ".old")) remove_quietly(old_path(run, left));
+    if (keep) remove_old_checkpoints(run, step, keep);
+}
+
+static void remove_old(const std::string& run, int64_t newest, int64_t keep, int64_t trusted) {
+    std::vector<Checkpoint> older, given_up;
+    bool healthy = false; // one that is stays
+    for (int64_t step : steps_in(run, "", "")) {
+        std::optional<Checkpoint> found = looked_at(final_path(run, step));
+        if (!found) continue;
+        if (step > newest && !found->fault.empty()) given_up.push_back(*found);
+        if (step == newest) healthy = found->fault.empty() && step < trusted;
+        if (step < newest) older.push_back(*found);
+    }
+    if (healthy)
+        for (const Checkpoint& checkpoint : given_up) remove_checkpoint(run, checkpoint.step);
+    int64_t whole = 1; // `newest`
+    if (static_cast<int64_t>(older.size()) < keep) return;
+    for (const Checkpoint& checkpoint : older) {
+        const bool good = checkpoint.fault.empty() && checkpoint.step < trusted;
+        if (whole >= keep && (healthy || !good)) {
+            remove_checkpoint(run, checkpoint.step);
+        } else if (is_whole(checkpoint.path)) {
+            whole++;
+            healthy = healthy || good;
+        }
+    }
+}
+
+void remove_old_checkpoints(const std::string& run, int64_t newest, int64_t keep, int64_t trusted) {
+    if (keep == 0) return;
     try {
-        remove_oldest(run, step, keep);
+        remove_old(run, newest, keep, trusted);
     } catch (const Failure&) {
-        // The save itself succeeded; the next one tries again, and a disk that fills up is reported by its own check.
+        // A disk that fills up is reported by the next save's own check.
+    }
+}
+
+void mark_checkpoints(const std::string& run, int64_t from, const std::string& fault) {
+    for (int64_t step : steps_in(run, "", "")) {
+        const std::string path = final_path(run, step);
+        if (std::optional<Checkpoint> found = looked_at(path); !found || step < from || !found->fault.empty()) continue;
+        json manifest = read_manifest(path);
+        manifest["fault"] = fault;
+        write_file_whole(path + "/" + kManifest, manifest_text(manifest));
     }
 }
 
@@ -291,23 +345,74 @@ Checkpoint open_checkpoint(const std::string& path) {
     json manifest = read_manifest(path);
     check_sizes(path, manifest);
     check_hashes(path, manifest);
-    return {path, manifest.at("step"), manifest.at("meta")};
+    return described(path, manifest);
 }
 
-std::optional<Checkpoint> newest_checkpoint(const std::string& run,
-                                            const std::function<void(const std::string&)>& warn) {
+// Paths of the run's checkpoints, newest first.
+static std::vector<std::string> checkpoints_of(const std::string& run) {
     std::vector<std::pair<int64_t, std::string>> found;
     for (int64_t step : steps_in(run, "", "")) found.emplace_back(step, final_path(run, step));
     for (int64_t step : steps_in(run, ".", ".old")) found.emplace_back(step, old_path(run, step));
     std::stable_sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.first > b.first; });
-    for (const auto& [step, path] : found) {
+    std::vector<std::string> paths;
+    for (const auto& [step, path] : found) paths.push_back(path);
+    return paths;
+}
+
+// One look through the folder. Another process may be saving there: `gone` tells that a checkpoint went while it was
+// read.
+static std::optional<Checkpoint> newest_now(const std::string& run, const std::function<void(const std::string&)>& warn,
+                                            bool& gone) {
+    std::vector<std::string> unhealthy;
+    std::string passed_over; // the newest that is not healthy, and why
+    auto opened = [&](const std::string& path) -> std::optional<Checkpoint> {
         try {
             return open_checkpoint(path);
         } catch (const BadInput& e) {
-            warn(e.what());
+            if (exists(path))
+                warn(e.what());
+            else
+                gone = true;
+            return {};
         }
+    };
+    for (const std::string& path : checkpoints_of(run)) {
+        if (std::optional<Checkpoint> found = looked_at(path); found && !found->fault.empty()) {
+            if (unhealthy.empty()) passed_over = path + " is not healthy (" + found->fault + ")";
+            unhealthy.push_back(path);
+        } else if (std::optional<Checkpoint> healthy = opened(path)) {
+            if (!passed_over.empty()) warn(passed_over + "; " + healthy->path + " is taken, the newest that is");
+            return healthy;
+        }
+        if (gone) return {};
     }
+    for (const std::string& path : unhealthy)
+        if (std::optional<Checkpoint> found = opened(path)) {
+            warn(path + " is not healthy (" + found->fault + "), but no other is; it is taken");
+            return found;
+        }
     return {};
+}
+
+std::optional<Checkpoint> newest_checkpoint(const std::string& run,
+                                            const std::function<void(const std::string&)>& warn) {
+    constexpr int kTries = 20; // a run that saves faster than its checkpoints can be read is no run to read from
+    for (int i = 0; i < kTries; i++) {
+        bool gone = false;
+        std::optional<Checkpoint> found = newest_now(run, warn, gone);
+        if (!gone) return found;
+    }
+    throw BadInput(run + ": its checkpoints are removed faster than they can be read; wait for the run, or copy one");
+}
+
+std::optional<Checkpoint> newest_by_manifest(const std::string& run) {
+    std::optional<Checkpoint> newest;
+    for (const std::string& path : checkpoints_of(run)) {
+        std::optional<Checkpoint> found = looked_at(path);
+        if (found && found->fault.empty()) return found;
+        if (!newest) newest = found;
+    }
+    return newest;
 }
 
 bool holds_checkpoints(const std::string& run) {

@@ -5,6 +5,10 @@
 // run folder fsynced. So a folder with a final name is whole, unless somebody harmed it since: then its hashes tell,
 // it is named and skipped, and the one before it is used.
 //
+// A whole checkpoint can still hold a state that no training goes on from: weights that are not finite, or weights with
+// which every update was skipped. Its manifest then says what is wrong; it is healthy if nothing is. The newest healthy
+// one is what a run goes on from, and what no limit on their number removes.
+//
 // Two hidden names can stay behind after a kill. `.step_N.tmp` is half written or half removed, is never read, and goes
 // with the next save. `.step_N.old` is a whole checkpoint that a new one of the same step was about to replace: it
 // counts as step N until that has happened.
@@ -29,24 +33,36 @@ struct Checkpoint {
     std::string path; // RUN/step_00000100
     int64_t step;
     nlohmann::json meta;
+    std::string fault; // what keeps it from being healthy; empty: it is
 
     std::string part(const std::string& name) const { return path + "/" + name; }
 };
 
-// Checks the disk has room for all parts (plus 16 MiB), writes, renames, then removes the oldest whole checkpoints
-// until `keep` are left (0 keeps all). A failure throws RunFailed, removes what it had written, and leaves every
-// earlier checkpoint untouched. If step's folder exists already (a resumed run saves again), it is replaced whole.
+// Checks the disk has room for all parts (plus 16 MiB), writes, renames, then removes old checkpoints as
+// remove_old_checkpoints() does. A failure throws RunFailed, removes what it had written, and leaves every earlier
+// checkpoint untouched. If step's folder exists already (a resumed run saves again), it is replaced whole. `fault` is
+// asked once the parts are written.
+void save_checkpoint(const std::string& run, int64_t step, const std::vector<CheckpointPart>& parts,
+                     const nlohmann::json& meta, int64_t keep, const std::function<std::string()>& fault = {});
+
+// Removes the oldest whole checkpoints until `keep` are left (0 keeps all), `newest` among them, and besides the newest
+// healthy one below `trusted`. Newer ones that are not healthy, from which a resume went back, go as well.
 //
 // Before anything is removed, the newer ones that stay in its place are read and hashed, so that a harmed one never
-// counts; harmed and foreign folders are left where they are. An old checkpoint that cannot be removed is no failure of
-// the save: the next save tries again.
-void save_checkpoint(const std::string& run, int64_t step, const std::vector<CheckpointPart>& parts,
-                     const nlohmann::json& meta, int64_t keep);
+// counts; harmed and foreign folders are left where they are. An old checkpoint that cannot be removed is no failure:
+// the next time tries again.
+void remove_old_checkpoints(const std::string& run, int64_t newest, int64_t keep, int64_t trusted = INT64_MAX);
 
-// The newest checkpoint of a run folder whose every part has its size and hash. Harmed ones are reported through
-// `warn`, one line each, and left where they are. None: empty.
+// Notes in the manifests of all healthy checkpoints of step `from` and later what has turned out to be wrong with them.
+void mark_checkpoints(const std::string& run, int64_t from, const std::string& fault);
+
+// The newest healthy checkpoint of a run folder whose every part has its size and hash; if none is healthy, the newest
+// of the others. What is passed over is reported through `warn`, one line each, and left where it is. None: empty.
 std::optional<Checkpoint> newest_checkpoint(const std::string& run,
                                             const std::function<void(const std::string&)>& warn);
+
+// The same by manifests and sizes alone, in no time and without a warning.
+std::optional<Checkpoint> newest_by_manifest(const std::string& run);
 
 // One checkpoint folder, verified; throws BadInput naming what is wrong.
 Checkpoint open_checkpoint(const std::string& path);

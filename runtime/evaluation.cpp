@@ -99,7 +99,11 @@ static void print_logits(const Options& options, Model& model) {
 
 void evaluate(const Options& options, Model& model) {
     if (options.eval == "loss") {
-        printf("val_loss %.6f\n", Validation(options, model).mean_loss(model, pass_on_signals));
+        const double loss = Validation(options, model).mean_loss(model, pass_on_signals);
+        if (!std::isfinite(loss))
+            throw RunFailed("the loss of " + options.init + " on " + options.val +
+                            " is not finite: its weights are too large to compute with; use an earlier checkpoint");
+        printf("val_loss %.6f\n", loss);
         return;
     }
     Text text(options, model); // refuses tokens that the model does not know

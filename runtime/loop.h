@@ -3,20 +3,27 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "device.h"
+#include "files.h"
 #include "model.h"
 #include "options.h"
 
 struct Checkpoint;
+class RunLock;
 
 // Where a run's weights come from: the checkpoint that --resume found, the file that --init names (in a run folder its
 // newest whole checkpoint), or neither: from scratch.
 struct Start {
     std::shared_ptr<const Checkpoint> resume; // or null
     std::string weights;                      // path of a model.bin, or empty
+    // The same file, open, so that it can be read to its end though a run removes the checkpoint meanwhile.
+    std::optional<MappedFile> file;
+    std::shared_ptr<RunLock> lock; // of --out, if it was there already
 };
+// A resumed run's folder is locked before anything in it is read.
 Start find_start(const Options& options);
 
 // Trains as the options say, or evaluates and returns; throws Failure otherwise. Training reads the optimizer's state

@@ -41,7 +41,7 @@ struct Model {
     virtual int64_t context() const = 0;
     virtual Tensors& tensors() = 0;
     virtual uint64_t file_bytes() const = 0;
-    virtual void write_file(FileWriter& file) = 0; // model.bin
-    virtual std::string describe() const = 0;      // "124M: L 12, C 768, …"
+    virtual std::string write_file(FileWriter& file) = 0; // model.bin; returns the first tensor that is not finite
+    virtual std::string describe() const = 0;             // "124M: L 12, C 768, …"
     virtual const Family& family() const = 0;
 };

@@ -5,18 +5,23 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <optional>
 #include <tuple>
 
 #include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include "../kernels/types.h"
 #include "checkpoint.h"
 #include "errors.h"
 #include "files.h"
 #include "option_table.h"
+#include "plan.h"
+#include "run_folder.h"
 #include "toml.h"
 
 namespace {
@@ -206,15 +211,6 @@ Layer merge(Layer nearer, const Layer& farther) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-bool holds_run(const std::string& folder) {
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
-        std::string name = entry.path().filename();
-        if (name == "options.toml" || name == "log.jsonl" || name.rfind("step_", 0) == 0) return true;
-    }
-    return false;
-}
-
 void check_plan(const Options& o) {
     if (!o.plan && !o.plan_json) {
         if (!o.gpu.empty()) throw BadInput("--gpu " + o.gpu + " is for --plan: a run takes the GPU at hand");
@@ -256,9 +252,7 @@ void check_together(const Options& o, const Family& family) {
     if (o.plan || o.plan_json) return;
     if (o.out.empty()) throw BadInput("--out DIR is needed: the folder that the run writes to");
     if (o.train.empty() && o.steps != 0) throw BadInput("--train GLOB is needed: the token shards to train on");
-    std::error_code error;
-    if (std::filesystem::exists(o.out, error) && !std::filesystem::is_directory(o.out, error))
-        throw BadInput("--out " + o.out + " is a file: give a folder");
+    check_out(o.out);
     if (!o.resume && holds_run(o.out))
         throw BadInput("--out " + o.out +
                        " holds a run already: add --resume to go on with it, or choose another folder");
@@ -284,6 +278,56 @@ void reopen_memory(Options& options, const Options& own, const Layer& given) {
 }
 
 std::string shown(const std::string& value) { return value.empty() ? "nothing" : value; }
+
+// Options of a run that its checkpoints do not record: paths, and what fits a run to a machine.
+bool recorded(const OptionRow& row) {
+    static const char* const elsewhere[] = {"init",      "train", "val",        "tokenizer", "threads", "max-hours",
+                                            "recompute", "chunk", "head-group", "offload",   "memory",  "host-memory"};
+    return row.member.index() != 0 && row.scope != OptionScope::command &&
+           std::none_of(std::begin(elsewhere), std::end(elsewhere), [&](auto name) { return !strcmp(name, row.name); });
+}
+
+// What a checkpoint recorded; empty for one of a program that recorded nothing.
+std::map<std::string, std::string> record_of(const Checkpoint& checkpoint, const std::vector<OptionRow>& table) {
+    std::map<std::string, std::string> record;
+    if (!checkpoint.meta.is_object()) return record;
+    const nlohmann::json options = checkpoint.meta.value("options", nlohmann::json::object());
+    for (const auto& [name, value] : options.items())
+        if (const OptionRow* row = find_row(table, name); row && recorded(*row) && value.is_string())
+            record[name] = value.get<std::string>();
+    return record;
+}
+
+// The run's own options, by options.toml and its newest checkpoint.
+std::optional<Options> own_options(const std::string& out, const std::vector<OptionRow>& table, const Family& family) {
+    const std::string stored = out + "/options.toml";
+    const std::optional<Checkpoint> newest = newest_by_manifest(out);
+    const auto record = newest ? record_of(*newest, table) : std::map<std::string, std::string>();
+    Options own;
+    std::error_code error;
+    if (std::filesystem::exists(stored, error)) {
+        for (const auto& [name, value] : read_config(stored, table, family))
+            if (const OptionRow* row = find_row(table, name); row->scope != OptionScope::command)
+                set_value(own, *row, value.text, value.where);
+        for (const auto& [name, value] : record) {
+            const OptionRow& row = *find_row(table, name);
+            if (std::string has = value_text(own, row); row.scope == OptionScope::fixed && has != value)
+                throw BadInput(stored + " has " + name + " = " + shown(has) + ", but " + newest->path +
+                               " was trained with " + shown(value) +
+                               ": put it right, or remove the file and give the run's paths again");
+        }
+        return own;
+    }
+    if (record.empty()) return {};
+    for (const auto& [name, value] : record)
+        set_value(own, *find_row(table, name), value, newest->path + "/manifest.json: " + name);
+    if (own.model.empty()) own.init = newest->path; // it had its weights from a file; they are in the checkpoint now
+    fprintf(stderr,
+            "warning: %s is gone; the run's options are those that %s recorded, but for paths (--train, --val, "
+            "--tokenizer) and choices of memory\n",
+            stored.c_str(), newest->path.c_str());
+    return own;
+}
 
 } // namespace
 
@@ -320,17 +364,13 @@ Options parse_options(int argc, char** argv, const Family& family) {
     if (asked.resume && asked.out.empty()) throw BadInput("--resume needs --out DIR: the run to go on with");
 
     Options options = asked;
-    std::string stored = asked.out + "/options.toml";
-    std::error_code error;
-    if (asked.resume && std::filesystem::exists(stored, error)) {
-        Options own;
-        for (const auto& [name, value] : read_config(stored, table, family))
-            if (const OptionRow* row = find_row(table, name); row->scope != OptionScope::command)
-                set_value(own, *row, value.text, value.where);
-        options = own;
+    std::optional<Options> own;
+    if (asked.resume) own = own_options(asked.out, table, family);
+    if (own) {
+        options = *own;
         for (const auto& [name, value] : given) {
             const OptionRow& row = *find_row(table, name);
-            std::string was = value_text(own, row), now = value_text(asked, row);
+            std::string was = value_text(*own, row), now = value_text(asked, row);
             bool left_open = row.unset && now == value_text(Options(), row);
             bool first_data =
                 row.name == std::string("train") && was.empty(); // a run of --steps 0 may get its data now
@@ -341,10 +381,17 @@ Options parse_options(int argc, char** argv, const Family& family) {
                                ": leave it out, or start another run with another --out");
             set_value(options, row, now, value.where);
         }
-        reopen_memory(options, own, given);
+        reopen_memory(options, *own, given);
     }
     check_together(options, family);
     return options;
+}
+
+std::map<std::string, std::string> recorded_options(const Options& options, const Family& family) {
+    std::map<std::string, std::string> record;
+    for (const OptionRow& row : option_table(family))
+        if (recorded(row)) record[row.name] = value_text(options, row);
+    return record;
 }
 
 std::string options_toml(const Options& options, const Family& family) {

@@ -1,6 +1,7 @@
 // The trainers' options: one table from which parsing, --help, options.toml and the rules of a resume all come.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -83,18 +84,24 @@ struct Family {
     bool end_of_text_first;        // its tokenizers' end of text is token 0, not the last one
 };
 
-// Parses the command line over --config FILE over, with --resume, OUT/options.toml; checks every value and what they
-// need of each other; throws BadInput, before anything is written. --help prints and exits 0. With --resume, an option
-// given (on the command line or in --config) that differs from the run's own and is not marked free throws BadInput
-// naming the option and both values; one given as its own "choose for me" value keeps the run's. A memory option or
-// --batch given as another than the run's opens again what was chosen of the others. --resume without a run folder
-// starts afresh. Of --model and --init one comes back empty: the one said nearer to the command line holds.
+// Parses the command line over --config FILE over, with --resume, OUT/options.toml or, if that is gone, what the newest
+// checkpoint recorded of it; checks every value and what they need of each other; throws BadInput, before anything is
+// written. --help prints and exits 0. With --resume, an option given (on the command line or in --config) that differs
+// from the run's own and is not marked free throws BadInput naming the option and both values; one given as its own
+// "choose for me" value keeps the run's. So does an options.toml that differs from what its checkpoints recorded. A
+// memory option or --batch given as another than the run's opens again what was chosen of the others. --resume without
+// a run folder starts afresh. Of --model and --init one comes back empty: the one said nearer to the command line
+// holds.
 Options parse_options(int argc, char** argv, const Family& family);
 
 // The table as TOML, every option of a run with its value: written to OUT/options.toml once all defaults are resolved.
 // out, resume and eval belong to a command, not to a run, and are left out. parse_options reads every value back as it
 // was, to the last bit.
 std::string options_toml(const Options& options, const Family& family);
+
+// What a checkpoint keeps of a run's options, names and values as the command line takes them: all but those that name
+// a path or fit the run to a machine, so that the same run says the same anywhere.
+std::map<std::string, std::string> recorded_options(const Options& options, const Family& family);
 
 // A size such as 16GiB, 16G (the same), 16GB (10^9), 512MiB or plain bytes, in bytes; throws BadInput that begins with
 // `where` for anything else, and for 0.

@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "errors.h"
 
@@ -177,9 +178,19 @@ void WeightsReader::read_floats(float* to, int64_t count) {
     }
 }
 
-std::vector<float> WeightsReader::read_floats(int64_t count) {
+void WeightsReader::check_finite(const std::string& name, int64_t first, const std::vector<float>& values,
+                                 int64_t count) const {
+    for (int64_t i = 0; i < count; i++)
+        if (!std::isfinite(values[i]))
+            throw BadInput(file_.path() + ": weight " + std::to_string(first + i) + " of " + name + " is " +
+                           std::to_string(values[i]) +
+                           "; such a model computes nothing, use another file or checkpoint");
+}
+
+std::vector<float> WeightsReader::read_floats(const std::string& name, int64_t count) {
     std::vector<float> values(count);
     read_floats(values.data(), count);
+    check_finite(name, 0, values, count);
     return values;
 }
 
@@ -188,29 +199,52 @@ void WeightsReader::read(const Device& device, Tensor& tensor) {
     for (int64_t first = 0; first < tensor.count; first += kStage) {
         int64_t n = std::min(kStage, tensor.count - first);
         read_floats(stage.data(), n);
+        check_finite(tensor.name, first, stage, n);
         set_weights(device, tensor, first, stage.data(), n);
     }
 }
 
-// Memory to a file as it is, a piece at a time. What `waits` on the host leaves no pages in the process.
-static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes, bool waits) {
+using Look = std::function<void(const char* piece, size_t bytes)>;
+
+// Memory to a file as it is, a piece at a time, which `look` may see. What `waits` on the host leaves no pages in the
+// process.
+static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes, bool waits,
+                        const Look& look = {}) {
     std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));
     for (size_t first = 0; first < bytes; first += stage.size()) {
         size_t n = std::min(stage.size(), bytes - first);
         const char* piece = static_cast<const char*>(from) + first;
         download(device, stage.data(), piece, n);
         if (waits) release_mapped(piece, n);
+        if (look) look(stage.data(), n);
         file.write(stage.data(), n);
     }
 }
 
+// An exponent of ones only: Inf or NaN, in a float as in a bf16, whose bits are a float's upper half.
+template <class Bits> static bool all_finite(const char* values, size_t bytes, Bits exponent) {
+    bool finite = true;
+    for (size_t i = 0; i < bytes; i += sizeof(Bits)) {
+        Bits bits;
+        memcpy(&bits, values + i, sizeof bits);
+        finite &= (bits & exponent) != exponent;
+    }
+    return finite;
+}
+
 FileType weights_type(const Tensors& tensors) { return tensors.float_weights() ? FileType::fp32 : FileType::bf16; }
 
-void write_weights(const Device& device, FileWriter& file, const Tensors& tensors) {
-    const size_t size = element_bytes(weights_type(tensors));
+std::string write_weights(const Device& device, FileWriter& file, const Tensors& tensors) {
+    const FileType type = weights_type(tensors);
+    std::string not_finite;
     for (const Tensor& t : tensors.list)
-        write_bytes(device, file, t.master ? static_cast<const void*>(t.master) : t.param, t.count * size,
-                    t.master_waits);
+        write_bytes(device, file, t.master ? static_cast<const void*>(t.master) : t.param,
+                    t.count * element_bytes(type), t.master_waits, [&](const char* piece, size_t bytes) {
+                        const bool finite = type == FileType::fp32 ? all_finite<uint32_t>(piece, bytes, 0x7f800000)
+                                                                   : all_finite<uint16_t>(piece, bytes, 0x7f80);
+                        if (!finite && not_finite.empty()) not_finite = t.name;
+                    });
+    return not_finite;
 }
 
 uint64_t weight_bytes(const Tensors& tensors) { return tensors.count() * element_bytes(weights_type(tensors)); }

@@ -83,22 +83,25 @@ FileType file_type(const MappedFile& file, const Header& header);
 // before anything is allocated on the header's word.
 void check_weights_size(const MappedFile& file, FileType type, const Tensors& tensors);
 
-// Reads a weights file's tensors one after another, converting to what the build holds.
+// Reads a weights file's tensors one after another, converting to what the build holds. Throws BadInput naming the file
+// and the tensor for a weight that is not finite: nothing can be computed with it.
 class WeightsReader {
 public:
     WeightsReader(const MappedFile& file, FileType type) : file_(file), type_(type) {}
     void read(const Device& device, Tensor& tensor);
-    std::vector<float> read_floats(int64_t count); // the next `count` values
+    std::vector<float> read_floats(const std::string& name, int64_t count); // the next `count` values, of this tensor
 
 private:
     const MappedFile& file_;
     FileType type_;
     size_t offset_ = kHeaderBytes;
     void read_floats(float* to, int64_t count);
+    void check_finite(const std::string& name, int64_t first, const std::vector<float>& values, int64_t count) const;
 };
 
 // Writes every tensor in order: float from the master weights, where the weights are float, else bf16 as they are.
-void write_weights(const Device& device, FileWriter& file, const Tensors& tensors);
+// Returns the name of the first tensor that is not finite, or nothing.
+std::string write_weights(const Device& device, FileWriter& file, const Tensors& tensors);
 FileType weights_type(const Tensors& tensors);
 uint64_t weight_bytes(const Tensors& tensors);
 

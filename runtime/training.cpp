@@ -17,8 +17,10 @@ static double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-Run::Run(Options& options, const Device& device, Model& model, const Checkpoint* from)
-    : options_(options), device_(device), model_(model), text_(options, model), began_(seconds()) {
+static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }
+
+Run::Run(Options& options, const Device& device, Model& model, const Start& start)
+    : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock), began_(seconds()) {
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro;
@@ -27,6 +29,7 @@ Run::Run(Options& options, const Device& device, Model& model, const Checkpoint*
                        " is not a multiple of batch x context, " + std::to_string(micro));
     if (!options.train.empty())
         loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
+    as_given_ = options; // what is left open of the schedule is for this number of steps alone
     if (options.steps < 0) {
         options.steps = loader_->windows_per_epoch() / (options.tokens_per_step / model.context());
         if (!options.steps)
@@ -34,32 +37,72 @@ Run::Run(Options& options, const Device& device, Model& model, const Checkpoint*
                            " windows of " + std::to_string(model.context()) + " tokens, fewer than one step of " +
                            std::to_string(options.tokens_per_step) + "; lower --tokens-per-step, or give --steps");
     }
-    // A run of no steps leaves them open for the one that goes on from it.
-    if (options.warmup < 0 && options.steps) options.warmup = options.steps / 100;
-    if (options.decay_steps < 0 && options.steps) options.decay_steps = options.steps / 5;
+    if (options.warmup < 0) options.warmup = options.steps / 100;
+    if (options.decay_steps < 0) options.decay_steps = options.steps / 5;
     if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model);
+    const Checkpoint* from = start.resume.get();
     if (from) resume(*from); // may refuse, so before anything is written
-
-    std::error_code error;
-    fs::create_directories(options.out, error);
-    if (error) throw BadInput("--out " + options.out + ": " + error.message());
-    write_file_whole(options.out + "/options.toml", options_toml(options, model.family()));
-    int64_t keep_bytes = from ? from->meta.at("log_bytes").get<int64_t>() : 0;
-    log_ = std::make_unique<RunLog>(options.out + "/log.jsonl", keep_bytes);
-    if (!from) {
-        const Planned& planned = options.planned;
-        log_->write({{"event", "plan"},
-                     {"bytes", planned.bytes},
-                     {"host_bytes", planned.host_bytes},
-                     {"peak_phase", planned.peak_phase},
-                     {"recompute", options.recompute},
-                     {"chunk", options.chunk},
-                     {"head_group", options.head_group},
-                     {"offload", options.offload}});
-        return;
-    }
+    open_folder();
+    open_log(from != nullptr);
+    write_options();
+    if (!from) return;
     if (validated_ && sampled_ && (due(options_.save_every) || step_ == options_.steps)) log_save();
     progress_.say("resumed " + from->path);
+    warn_of_a_jump(*from);
+}
+
+void Run::open_folder() {
+    std::error_code error;
+    fs::create_directories(options_.out, error);
+    if (error) throw BadInput("--out " + options_.out + ": " + error.message() + "; choose another folder");
+    if (lock_) return;
+    lock_ = std::make_shared<RunLock>(options_.out, warn);
+    // Another process may have begun since the options were looked at.
+    if (holds_run(options_.out))
+        throw BadInput("--out " + options_.out +
+                       " holds a run that began just now: go on with it by --resume, or choose another folder");
+}
+
+// The log is a record and no state: what is whole of it goes on, and what is missing stays missing.
+void Run::open_log(bool resumed) {
+    const std::string path = options_.out + "/log.jsonl";
+    const LogPart part = resumed ? log_until(options_.out, {step_, validated_, sampled_}) : LogPart();
+    if (part.last_step < step_)
+        warn(path + (part.bytes ? " ends at step " + std::to_string(part.last_step) : " is gone") +
+             "; the run goes on from step " + std::to_string(step_) + " without a record of the steps before it");
+    log_ = std::make_unique<RunLog>(path, part.bytes);
+    if (part.bytes) return;
+    const Planned& planned = options_.planned;
+    log_->write({{"event", "plan"},
+                 {"bytes", planned.bytes},
+                 {"host_bytes", planned.host_bytes},
+                 {"peak_phase", planned.peak_phase},
+                 {"recompute", options_.recompute},
+                 {"chunk", options_.chunk},
+                 {"head_group", options_.head_group},
+                 {"offload", options_.offload}});
+}
+
+void Run::write_options() const {
+    write_file_whole(options_.out + "/options.toml", options_toml(as_given_, model_.family()));
+}
+
+// A schedule of another length, or of another kind, can be elsewhere at this step than the one that led here.
+void Run::warn_of_a_jump(const Checkpoint& from) const {
+    if (!from.meta.contains("lr") || step_ >= options_.steps) return;
+    const double before = from.meta.at("lr"), peak = from.meta.at("peak_lr");
+    const double after = learning_rate(schedule(), step_);
+    // In parts of the peak: another --lr is no surprise. Between two steps of one schedule little changes after warmup.
+    const double then = before / peak, now = learning_rate(schedule(), step_ - 1) / options_.lr;
+    constexpr double kMuch = 1.5;
+    if (std::max(then, now) <= kMuch * std::min(then, now)) return;
+    char line[160];
+    snprintf(line, sizeof line, "the learning rate goes from %.2e at step %lld to %.2e at the next", before,
+             static_cast<long long>(step_), after);
+    const bool decayed = options_.schedule == "wsd" && now > then;
+    warn(std::string(line) + ", as the " + options_.schedule + " schedule of " + std::to_string(options_.steps) +
+         " steps is elsewhere than the one that led here" +
+         (decayed ? "; to go on without a jump, begin with a checkpoint from before the decay" : ""));
 }
 
 void Run::resume(const Checkpoint& from) {
@@ -68,6 +111,7 @@ void Run::resume(const Checkpoint& from) {
         throw BadInput(from.path + ": from a " + meta.at("precision").get<std::string>() + " build, this one is " +
                        kPrecision + "; resume with the other, or start a new run with --init " + from.path);
     step_ = saved_ = from.step;
+    remove_old_ = true;
     updates_ = meta.at("updates");
     skips_ = meta.at("skips");
     losses_.restore(meta.at("losses"));
@@ -80,21 +124,76 @@ void Run::resume(const Checkpoint& from) {
 
 void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
 
+// What keeps a checkpoint of this moment from being healthy. One unusual step may be the data's; a second, or a loss
+// that is no number, may be the weights'.
+std::string Run::fault(const std::string& not_finite) const {
+    if (!not_finite.empty()) return "its weights are not finite, those of " + not_finite + " first";
+    if (skips_ > 1 || (skips_ == 1 && !skipped_outlier_))
+        return std::to_string(skips_) + " update" + (skips_ > 1 ? "s in a row were" : " was") + " skipped before it";
+    return "";
+}
+
 void Run::save() {
     if (saved_ == step_ && !logged_) return;
+    if (!lock_->in_place()) make_folder_again();
     log_->sync();
-    json meta = {{"log_bytes", log_->bytes()}, {"updates", updates_},     {"skips", skips_},
-                 {"losses", losses_.state()},  {"norms", norms_.state()}, {"precision", kPrecision},
-                 {"model", model_.describe()}, {"validated", validated_}, {"sampled", sampled_}};
+    json meta = {{"updates", updates_},
+                 {"skips", skips_},
+                 {"losses", losses_.state()},
+                 {"norms", norms_.state()},
+                 {"precision", kPrecision},
+                 {"model", model_.describe()},
+                 {"validated", validated_},
+                 {"sampled", sampled_},
+                 {"options", recorded_options(as_given_, model_.family())}};
     if (loader_) meta["loader"] = data_;
+    if (step_) meta["lr"] = learning_rate(schedule(), step_ - 1), meta["peak_lr"] = options_.lr;
     Tensors& tensors = model_.tensors();
+    std::string not_finite;
     std::vector<CheckpointPart> parts = {
-        {"model.bin", model_.file_bytes(), [&](FileWriter& file) { model_.write_file(file); }},
+        {"model.bin", model_.file_bytes(), [&](FileWriter& file) { not_finite = model_.write_file(file); }},
         {"optimizer.bin", state_bytes(tensors), [&](FileWriter& file) { write_state(device_, file, tensors); }}};
-    save_checkpoint(options_.out, step_, parts, meta, options_.keep);
+    save_checkpoint(options_.out, step_, parts, meta, 0, [&] { return fault(not_finite); });
     saved_ = step_;
     logged_ = false;
     log_save();
+    remove_old_ = true;
+    if (skips_ || step_ == options_.steps) remove_old();
+}
+
+// While updates are skipped, what was saved since the last one is in doubt, and so is what that one made.
+void Run::remove_old() {
+    remove_old_checkpoints(options_.out, saved_, options_.keep, skips_ ? step_ - skips_ : INT64_MAX);
+    remove_old_ = false;
+}
+
+// Somebody removed or renamed the run's folder. The state is here and nowhere else, so it is saved where it was to be.
+void Run::make_folder_again() {
+    warn(options_.out + " was removed or renamed while the run was going; it is made again, with a new log");
+    lock_.reset();
+    try {
+        open_folder();
+    } catch (const BadInput& e) {
+        throw RunFailed(e.what());
+    }
+    open_log(false);
+    write_options();
+}
+
+// The weights of every checkpoint since the last update are those with which these updates were skipped.
+void Run::give_up(const std::string& why) {
+    const std::string said = std::to_string(skips_) + " updates in a row were skipped (" + why + ")";
+    try {
+        mark_checkpoints(options_.out, step_ - skips_, said + " after it");
+    } catch (const Failure& e) {
+        warn(e.what());
+    }
+    const std::optional<Checkpoint> healthy = newest_by_manifest(options_.out);
+    throw RunFailed(said + ", the last at step " + std::to_string(step_) + "; " +
+                    (healthy && healthy->fault.empty()
+                         ? "the newest healthy checkpoint is " + checkpoint_name(healthy->step) +
+                               ": go on from it with --resume and a lower --lr"
+                         : "there is no healthy checkpoint: start again with a lower --lr and another --out"));
 }
 
 void Run::validate() {
@@ -179,6 +278,7 @@ void Run::one_step() {
                             options_.seed};
         optimizer.floor_v = options_.state_floor == "on";
         model_.update(optimizer);
+        if (remove_old_) remove_old();            // a finite loss has proven what was saved last
         OptimizerCounts counts = model_.counts(); // waits for the update
         double took = seconds() - start;
         double flops = model_.step_cost(B).flops * micro_steps;
@@ -198,6 +298,7 @@ void Run::one_step() {
         progress_.step({step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
     } else {
         skips_++;
+        skipped_outlier_ = skip == "outlier";
         log_->write({{"event", "skip"},
                      {"step", step_},
                      {"reason", skip},
@@ -206,12 +307,7 @@ void Run::one_step() {
                      {"z", z},
                      {"non_finite", std::isfinite(norm) ? 0 : model_.non_finite_gradients()}});
         progress_.say("step " + std::to_string(step_) + ": update skipped, " + skip);
-        if (skips_ >= options_.max_skips)
-            throw RunFailed(
-                std::to_string(skips_) + " updates in a row were skipped (" + skip + "), the last at step " +
-                std::to_string(step_) + "; " +
-                (saved_ >= 0 ? "the newest checkpoint is " + checkpoint_name(saved_) : "there is no checkpoint yet") +
-                "; try a lower --lr");
+        if (skips_ >= options_.max_skips) give_up(skip);
     }
 }
 

@@ -8,17 +8,18 @@
 #include "device.h"
 #include "evaluation.h"
 #include "log.h"
+#include "loop.h"
 #include "model.h"
 #include "options.h"
 #include "outliers.h"
+#include "run_folder.h"
 #include "schedule.h"
 #include "shards.h"
 
 // One run: its position, which a checkpoint holds, and what the habits need.
 class Run {
 public:
-    // from: the checkpoint to go on from, or null.
-    Run(Options& options, const Device& device, Model& model, const Checkpoint* from);
+    Run(Options& options, const Device& device, Model& model, const Start& start);
     void steps();
 
 private:
@@ -26,6 +27,8 @@ private:
     const Device& device_;
     Model& model_;
     Text text_;
+    Options as_given_; // the run's, with what is left open of its schedule left so
+    std::shared_ptr<RunLock> lock_;
     std::unique_ptr<Loader> loader_;
     std::unique_ptr<Validation> validation_;
     std::unique_ptr<RunLog> log_;
@@ -39,14 +42,25 @@ private:
     bool validated_ = false, sampled_ = false; // if due at this step
     bool logged_ = false;                      // validated or sampled since the checkpoint of this step
 
+    bool skipped_outlier_ = false; // the last of skips_ had a loss and a norm, if unusual ones
+    bool remove_old_ = false;      // old checkpoints stay until the next update proves the one just saved
+
     bool due(int64_t every) const { return every > 0 && step_ > 0 && step_ % every == 0; }
     void resume(const Checkpoint& from);
+    void open_folder();
+    void open_log(bool resumed);
+    void write_options() const;
+    void warn_of_a_jump(const Checkpoint& from) const;
     void one_step();
     void finish_step();
     std::string reason_to_skip(double loss, double norm, double& z) const;
     void validate();
     void sample();
     void save();
+    void remove_old();
+    void make_folder_again();
+    std::string fault(const std::string& not_finite) const;
+    [[noreturn]] void give_up(const std::string& why);
     void log_save();
     void stop_if_asked();
     void or_save_first(const std::function<void()>& read);

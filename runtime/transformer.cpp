@@ -81,8 +81,10 @@ Setup make_setup(const Options& options, int64_t T) {
     setup.activations = activation_memory(options);
     // --out is made when the run begins, and what waits on the host is no file of the run: any folder of that disk will
     // do.
-    std::filesystem::path folder = std::filesystem::absolute(options.out.empty() ? "." : options.out);
-    while (!std::filesystem::is_directory(folder) && folder != folder.parent_path()) folder = folder.parent_path();
+    std::error_code error; // a path that cannot be is refused where the run begins
+    std::filesystem::path folder = std::filesystem::absolute(options.out.empty() ? "." : options.out, error);
+    while (!std::filesystem::is_directory(folder, error) && folder != folder.parent_path())
+        folder = folder.parent_path();
     setup.folder = folder.string();
     return setup;
 }
@@ -165,10 +167,10 @@ void Transformer::allocate() {
     params_.link(host_ ? host_->data() : nullptr);
 }
 
-void Transformer::write_file(FileWriter& file) {
+std::string Transformer::write_file(FileWriter& file) {
     Header h = header();
     file.write(h.data(), kHeaderBytes);
-    write_weights(device_, file, params_);
+    return write_weights(device_, file, params_);
 }
 
 // Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.

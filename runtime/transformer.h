@@ -59,7 +59,7 @@ template <class Config> struct Origin {
 
     explicit Origin(const Options& options) : start(find_start(options)) {
         if (from_scratch()) return;
-        type = read_config(file.emplace(start.weights), config);
+        type = read_config(file.emplace(std::move(*start.file)), config);
         check_vocab(options, config.V, start.weights);
     }
     bool from_scratch() const { return start.weights.empty(); }
@@ -107,7 +107,7 @@ public:
     int64_t context() const override { return T_; }
     Tensors& tensors() override { return params_; }
     uint64_t file_bytes() const override { return kHeaderBytes + weight_bytes(params_); }
-    void write_file(FileWriter& file) override;
+    std::string write_file(FileWriter& file) override;
 
     // Takes all memory, as arena() lays it out. Until then a model is a plan: its device may be a Device(target).
     void allocate() override;
