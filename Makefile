@@ -36,7 +36,8 @@ RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))
 NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
 # What no precision, backend or CUDA header changes is compiled once, into build/common, and linked into every build but
 # cpu-asan; its tests run once. dev/lint.py holds these sources to that.
-COMMON = checkpoint files log option_table options outliers sampler schedule shards signals tokenizer toml
+COMMON = checkpoint dataset files log option_table options outliers process run_folder sampler schedule shards signals \
+	tokenizer toml
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 runtime_objects = $(foreach name,$(2),build/$(if $(filter $(name),$(COMMON)),$(if $(filter %-asan,$(1)),$(1),common),$(1))/runtime/$(name).o)
 BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))

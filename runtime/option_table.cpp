@@ -1,8 +1,8 @@
 #include "option_table.h"
 
+#include "../kernels/types.h"
 #include "errors.h"
 #include "gpus.h"
-#include "plan.h"
 
 static void check_size(const std::string& text, const std::string& where) { parse_size(text, where); }
 

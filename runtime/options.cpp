@@ -15,13 +15,11 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "../kernels/optimizer.h"
 #include "../kernels/types.h"
 #include "checkpoint.h"
 #include "errors.h"
 #include "files.h"
 #include "option_table.h"
-#include "plan.h"
 #include "run_folder.h"
 #include "toml.h"
 
@@ -240,19 +238,15 @@ void check_plan(const Options& o) {
         throw BadInput("--gpu " + o.gpu + " and --plan-for cpu exclude each other: leave one out");
 }
 
-// The update's factors at the first step, where the bias corrections are largest.
+// The update's factors (OptimizerFactors) at the first step, where the bias correction is largest.
 void check_update(const Options& o) {
-    const Optimizer first{.lr = float(o.lr),
-                          .beta1 = float(o.beta1),
-                          .beta2 = float(o.beta2),
-                          .eps = float(o.eps),
-                          .weight_decay = float(o.weight_decay),
-                          .rule = o.optimizer == "lion" ? Rule::lion : Rule::adamw};
-    const OptimizerFactors factors(first);
-    if (!std::isfinite(factors.step) || !std::isfinite(factors.keep))
+    const double correction = o.optimizer == "lion" ? 1 : 1 - double(float(o.beta1));
+    const float step = float(double(float(o.lr)) / correction);
+    const float keep = float(1 - double(float(o.lr)) * double(float(o.weight_decay)));
+    if (!std::isfinite(step) || !std::isfinite(keep))
         throw BadInput("--lr " + number_text(o.lr) +
-                       (std::isfinite(factors.step) ? " times --weight-decay " + number_text(o.weight_decay)
-                                                    : " over 1 - --beta1 " + number_text(o.beta1)) +
+                       (std::isfinite(step) ? " times --weight-decay " + number_text(o.weight_decay)
+                                            : " over 1 - --beta1 " + number_text(o.beta1)) +
                        " is more than a float holds: give a lower --lr");
 }
 
