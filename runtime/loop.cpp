@@ -120,7 +120,7 @@ static TokenizerId tokenizer_id(const Tokenizer& tokenizer) {
 // Weights that name no tokenizer are held against the data by their numbers. A published model's V is its tokenizer's
 // size, rounded up for some: by at most 411 (Pythia 6.9b's 50,688 for 50,277). The end of a text tells the two
 // families' tokenizers apart, which are nearly of a size.
-static void check_pretrained(const Options& options, const Model& model, const Start& start, const Known& data) {
+static void check_pretrained(const Model& model, const Start& start, const Known& data) {
     constexpr int64_t kMostPadding = 511, kPublishedVocab = 50257;
     const int64_t V = model.vocab(), end_of_text = model.family().end_of_text_first ? 0 : kPublishedVocab - 1;
     const bool published = V >= kPublishedVocab && V <= kPublishedVocab + kMostPadding;
@@ -155,7 +155,7 @@ void check_data(const Options& options, const Model& model, const Start& start) 
         if (!windows.dataset()) continue;
         known.push_back({windows.dataset()->path, windows.dataset()->tokenizer});
         if (!start.weights.empty() && !start.resume && !origin_known && !options.vocab)
-            check_pretrained(options, model, start, known.back());
+            check_pretrained(model, start, known.back());
     }
     for (size_t i = 0; i < known.size(); i++)
         for (size_t j = 0; j < i; j++)

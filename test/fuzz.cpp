@@ -21,6 +21,7 @@
 #include "../kernels/rotary.h"
 #include "../runtime/errors.h"
 #include "../runtime/plan.h"
+#include "../runtime/process.h"
 #include "../runtime/random.h"
 #include "../runtime/rope.h"
 #include "../runtime/transformer.h"

@@ -300,7 +300,7 @@ def run_all(tally, builds, jobs):
         start()
         for name, (part, targets) in builds.items():
             with slots.slot():
-                done = metered(["make", "--no-print-directory", *targets], (slots.out, slots.into),
+                done = metered(["make", "-k", "-s", "--no-print-directory", *targets], (slots.out, slots.into),
                                MAKEFLAGS=slots.make_flags())
             with tally.lock:
                 tally.taken[part][0] += done.processor
