@@ -86,9 +86,7 @@ void block_signals() {
     pthread_sigmask(SIG_BLOCK, &set, nullptr);
 }
 
-void take_stop_signals() {
-    std::thread(take, stop_signals()).detach();
-}
+void take_stop_signals() { std::thread(take, stop_signals()).detach(); }
 
 void save_when_stopped() { saves = true; }
 

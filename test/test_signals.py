@@ -255,3 +255,11 @@ def test_stopped_by_a_signal_to_any_thread_in_a_storm(long_shard, tmp_path, stor
         assert max(checkpoints(run), default="") >= newest
     assert end(start([*args, "--out", run, "--resume"], env=storm(MICROSECONDS=1000), **case))[0] == DONE
     assert same_weights(tmp_path / "calm", run, 6)
+
+
+@pytest.mark.parametrize("own, spins", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_waiting_threads_spin_briefly_unless_told_otherwise(own, spins):
+    """A busy neighbour otherwise makes a step several times as long."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code, lines = end(start(["--help"], env=clean | own | {"OMP_DISPLAY_ENV": "verbose"}))
+    assert code == DONE and f"GOMP_SPINCOUNT = '{spins}'" in " ".join(lines)
