@@ -4,7 +4,7 @@
 // SIGNAL_STORM_MICROSECONDS between two rounds of PROF and ALRM to each thread; 0 or unset: none
 // SIGNAL_STORM_STOP         number of a signal that is sent once, to a thread drawn by SIGNAL_STORM_SEED
 // SIGNAL_STORM_AFTER        milliseconds before that
-// SIGNAL_STORM_HANG         1: fsync() never returns, as on a network disk that has gone
+// SIGNAL_STORM_HANG         fsync() of files whose path holds this never returns, as on a network disk that has gone
 // SIGNAL_STORM_REPORT       file that gets "sent N handled M" at exit
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -65,7 +66,10 @@ static void* storm(void* unused) {
 }
 
 int fsync(int fd) {
-    while (number_of("SIGNAL_STORM_HANG")) pause();
+    const char* hang = getenv("SIGNAL_STORM_HANG");
+    char name[64], path[4096] = "";
+    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+    while (hang && readlink(name, path, sizeof path - 1) > 0 && strstr(path, hang)) pause();
     return (int)syscall(SYS_fsync, fd);
 }
 

@@ -128,7 +128,7 @@ def test_max_hours(data, tmp_path):
     run = tmp_path / "run"
     done = trainer(*options(data, max_hours=1e-9), "--out", run)
     assert done.returncode == STOPPED and "--max-hours" in done.stderr
-    assert checkpoints(run) == ["step_00000001"]
+    assert checkpoints(run) == ["step_00000000"]  # in the validation before the first step
 
 
 def harm(path):
