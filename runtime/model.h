@@ -42,6 +42,6 @@ struct Model {
     virtual Tensors& tensors() = 0;
     virtual uint64_t file_bytes() const = 0;
     virtual std::string write_file(FileWriter& file) = 0; // model.bin; returns the first tensor that is not finite
-    virtual std::string describe() const = 0;      // "124M: L 12, C 768, …"
+    virtual std::string describe() const = 0;             // "124M: L 12, C 768, …"
     virtual const Family& family() const = 0;
 };

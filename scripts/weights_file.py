@@ -208,6 +208,15 @@ def read_header(path: str) -> Header:
     return header
 
 
+def checkpoint_fault(folder: str) -> str:
+    """What keeps a checkpoint from being healthy, by its manifest; nothing if it cannot be read."""
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            return str(json.load(file).get("fault") or "")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+
+
 def checkpoint_model(folder: str) -> str:
     """model.bin of one checkpoint, whose parts have the sizes that its manifest says. Hashes are the trainer's to
     check: Python's library has no XXH3."""
@@ -231,7 +240,8 @@ def checkpoint_model(folder: str) -> str:
 
 
 def locate(path: str, warn: Callable[[str], None]) -> str:
-    """The weights file that a path means: itself, a checkpoint's, or that of a run's newest whole checkpoint."""
+    """The weights file that a path means: itself, a checkpoint's, or that of a run's newest whole checkpoint, a healthy
+    one if there is one."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
     if not os.path.isdir(path):
@@ -242,11 +252,21 @@ def locate(path: str, warn: Callable[[str], None]) -> str:
     for name in os.listdir(path):
         if match := STEP.fullmatch(name):
             steps.append((int(match[1] or match[2]), not name.startswith("."), name))
-    for _, _, name in sorted(steps, reverse=True):
+    folders = [os.path.join(path, name) for _, _, name in sorted(steps, reverse=True)]
+    faults = {folder: checkpoint_fault(folder) for folder in folders}
+    for folder in sorted(folders, key=lambda folder: faults[folder] != ""):  # stable: the newest first among each
+        if not os.path.exists(folder):  # a run that goes on has removed it
+            continue
         try:
-            return checkpoint_model(os.path.join(path, name))
+            model = checkpoint_model(folder)
         except InputError as error:
             warn(f"{error}; the checkpoint before it is taken")
+            continue
+        if faults[folder]:
+            warn(f"{folder}: not healthy ({faults[folder]}), but no other is")
+        elif faults[folders[0]]:
+            warn(f"{folders[0]}: not healthy ({faults[folders[0]]}); {folder} is taken, the newest that is")
+        return model
     if not steps and os.path.exists(os.path.join(path, "config.json")):
         raise InputError(f"{path}: is a HuggingFace directory; convert it with --to FILE.bin")
     found = "no whole checkpoint" if steps else "neither a run nor a checkpoint"
