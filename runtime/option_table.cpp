@@ -410,7 +410,13 @@ std::vector<OptionRow> option_table(const Family& family) {
         {habits, "temperature", "X", "of samples; 0 takes the likeliest token", &O::temperature, free, {0, INFINITY}},
         {habits, "top-k", "K", "sample from the K likeliest tokens; 0: from all", &O::top_k, free, {0, kMany}},
         {habits, "save-every", "STEPS", "0: at the end only", &O::save_every, free, {0, kMany}},
-        {habits, "keep", "N", "checkpoints kept, the newest; 0: all", &O::keep, free, {0, kMany}},
+        {habits,
+         "keep",
+         "N",
+         "checkpoints kept: the newest, and beside them the newest healthy one; 0: all",
+         &O::keep,
+         free,
+         {0, kMany}},
     };
     std::erase_if(rows, [&](const OptionRow& row) { return row.only && row.only != family.name; });
     return rows;

@@ -329,6 +329,20 @@ def test_the_newest_whole_checkpoint_of_a_run(tmp_path, capsys):
     assert read_safetensors(tmp_path / "c") == raw(models[3], "F32")
 
 
+def test_a_healthy_checkpoint_comes_before_a_newer_one_that_is_not(tmp_path):
+    from weights_file import locate
+
+    folders = [checkpoint(tmp_path / "run", step, binary("gpt2", model("gpt2", seed=step))) for step in (1, 2)]
+    manifest = folders[1] / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "fault": "updates were skipped"}))
+    warnings = []
+    assert locate(str(tmp_path / "run"), warnings.append) == str(folders[0] / "model.bin")
+    assert len(warnings) == 1 and "step_00000002: not healthy (updates were skipped)" in warnings[0]
+    (folders[0] / "model.bin").unlink()
+    assert locate(str(tmp_path / "run"), warnings.append) == str(folders[1] / "model.bin")
+    assert "no other is" in warnings[-1]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """A tokenizer.json of 130 tokens more than bytes, end of text at 0 as GPT-NeoX has it."""

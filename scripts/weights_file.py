@@ -227,6 +227,15 @@ def read_header(path: str) -> Header:
     return header
 
 
+def checkpoint_fault(folder: str) -> str:
+    """What keeps a checkpoint from being healthy, by its manifest; nothing if it cannot be read."""
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            return str(json.load(file).get("fault") or "")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+
+
 def checkpoint_model(folder: str) -> str:
     """model.bin of one checkpoint, whose parts have the sizes that its manifest says. Hashes are the trainer's to
     check: Python's library has no XXH3."""
@@ -259,17 +268,25 @@ def checkpoints_in(run: str) -> list[str]:
 
 
 def newest_model(run: str, warn: Callable[[str], None]) -> Optional[str]:
-    """model.bin of the newest whole checkpoint. A trainer that saves removes older checkpoints meanwhile: where the
-    list has changed, what was found wrong may only have been on its way out, and the search begins again."""
+    """model.bin of the newest whole checkpoint, a healthy one if there is one. A trainer that saves removes older
+    checkpoints meanwhile: where the list has changed, what was found wrong may only have been on its way out, and the
+    search begins again."""
     while True:
         names, refused = checkpoints_in(run), []
+        faults = {name: checkpoint_fault(os.path.join(run, name)) for name in names}
         model = None
-        for name in names:
+        for name in sorted(names, key=lambda name: faults[name] != ""):  # stable: the newest first among each
+            folder, newest = os.path.join(run, name), os.path.join(run, names[0])
             try:
-                model = checkpoint_model(os.path.join(run, name))
-                break
+                model = checkpoint_model(folder)
             except InputError as error:
                 refused.append(f"{error}; the checkpoint before it is taken")
+                continue
+            if faults[name]:
+                refused.append(f"{folder}: not healthy ({faults[name]}), but no other is")
+            elif faults[names[0]]:
+                refused.append(f"{newest}: not healthy ({faults[names[0]]}); {folder} is taken, the newest that is")
+            break
         if not refused or checkpoints_in(run) == names:
             for line in refused:
                 warn(line)
@@ -277,7 +294,8 @@ def newest_model(run: str, warn: Callable[[str], None]) -> Optional[str]:
 
 
 def locate(path: str, warn: Callable[[str], None]) -> str:
-    """The weights file that a path means: itself, a checkpoint's, or that of a run's newest whole checkpoint."""
+    """The weights file that a path means: itself, a checkpoint's, or that of a run's newest whole checkpoint, a healthy
+    one if there is one."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder")
     if not os.path.isdir(path):
