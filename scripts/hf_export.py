@@ -189,7 +189,9 @@ def card(title: str, about: str, run: Run) -> str:
 
 
 def is_ours(path: str) -> bool:
-    """Whether a model card is as we wrote it, so that replacing it loses nobody's words."""
+    """Whether this is a model card as we wrote it, so that replacing it loses nobody's words."""
+    if os.path.basename(path) != CARD:
+        return False
     try:
         with open(path, encoding="utf-8", newline="") as file:
             text = file.read()
