@@ -169,11 +169,9 @@ def card(title: str, about: str, run: Run) -> str:
         lines += ["", "## Training", "", f"- Started from: {f'`{shown(start)}`' if start else 'random weights'}"]
         texts = [f"`{shown(source)}`" for source in sources(run)]
         for _, record in datasets(run):
-            train, tokenizer = record.get("train"), record.get("tokenizer")
+            train = record.get("train")
             if isinstance(train, dict) and isinstance(train.get("tokens"), int):
                 texts.append(f"{train['tokens']:,} tokens")
-            if isinstance(tokenizer, dict) and isinstance(tokenizer.get("from"), str):
-                texts.append(f"tokenizer {shown(tokenizer['from'])}")
         lines.append(f"- Text: {', '.join(texts)}")
         if isinstance(updates, int):
             each = run.options.get("tokens-per-step")
