@@ -169,11 +169,9 @@ def card(title: str, about: str, run: Run) -> str:
         lines += ["", "## Training", "", f"- Started from: {f'`{shown(start)}`' if start else 'random weights'}"]
         texts = [f"`{shown(source)}`" for source in sources(run)]
         for _, record in datasets(run):
-            train, tokenizer = record.get("train"), record.get("tokenizer")
+            train = record.get("train")
             if isinstance(train, dict) and isinstance(train.get("tokens"), int):
                 texts.append(f"{train['tokens']:,} tokens")
-            if isinstance(tokenizer, dict) and isinstance(tokenizer.get("from"), str):
-                texts.append(f"tokenizer {shown(tokenizer['from'])}")
         lines.append(f"- Text: {', '.join(texts)}")
         if isinstance(updates, int):
             each = run.options.get("tokens-per-step")
@@ -189,7 +187,9 @@ def card(title: str, about: str, run: Run) -> str:
 
 
 def is_ours(path: str) -> bool:
-    """Whether a model card is as we wrote it, so that replacing it loses nobody's words."""
+    """Whether this is a model card as we wrote it, so that replacing it loses nobody's words."""
+    if os.path.basename(path) != CARD:
+        return False
     try:
         with open(path, encoding="utf-8", newline="") as file:
             text = file.read()

@@ -12,6 +12,7 @@ import hf_testing as t
 import vocabulary
 import weights_file
 from hf_testing import FAMILIES, refused, run
+from recipe_testing import ROOT, call
 from weights_file import GPT2, NEOX, Header
 
 V = 257  # of raw bytes
@@ -234,6 +235,15 @@ def test_a_name_of_the_hub_is_sent_there(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in (["gpt2"], ["gpt2", "--to", "gpt2.bin"], ["EleutherAI/pythia-1.4b", "--to", "x.bin"]):
         assert "scripts/download_hf.py" in refused(capsys, *arguments)
+
+
+def test_the_trainer_sends_a_huggingface_directory_to_the_converter(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text("{}")
+    (tmp_path / "train.bin").write_bytes(bytes(2000))
+    done = call(ROOT / "build/cpu/train_gpt2", "--init", tmp_path / "hf", "--train", tmp_path / "train.bin", "--out",
+                tmp_path / "run")
+    assert done.returncode == 2 and f"scripts/convert_hf.py {tmp_path}/hf --to FILE.bin" in done.stderr
 
 
 def test_tokens_of_any_length_become_a_binary(tmp_path):

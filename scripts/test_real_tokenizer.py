@@ -35,8 +35,8 @@ def pythia(neox, tmp_path_factory):
     vocabulary = Tokenizer.from_file(str(neox))
     assert sorted(len(vocabulary.decode([index])) for index in LONG_TOKENS) == [256, 256, 257, 257, 512]
     longest = "\n".join(vocabulary.decode([index]) for index in IN_TEXTS)
-    prose = "".join(path.read_text() for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "dev").glob("*.md")))
-    (folder / "text.txt").write_text(f"{longest}\n{prose}\n{longest}\n")
+    prose = (ROOT / "README.md").read_text()
+    (folder / "text.txt").write_text(f"{longest}\n{prose * (400_000 // len(prose))}\n{longest}\n")
     run(PYTHON, "data/prepare.py", folder / "text.txt", "--out", folder / "tokens", "--tokenizer", neox)
     ids = np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in (folder / "tokens").glob("train_*.bin")])
     assert set(IN_TEXTS) <= set(ids.tolist())
