@@ -202,7 +202,7 @@ def go_on(trial, program, binary, code):
 
 
 def test_some(runs, tmp_path):
-    hold(lambda trial: option_values(trial, runs), "option_values", 25, tmp_path, many=False)
+    hold(lambda trial: option_values(trial, runs), "option_values", 20, tmp_path, many=False)
 
 
 @pytest.mark.long
