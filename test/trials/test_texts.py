@@ -125,7 +125,7 @@ def first_other(ids, want):
 
 
 def test_some(tmp_path):
-    hold(texts, "texts", 3, tmp_path, many=False)
+    hold(texts, "texts", 2, tmp_path, many=False)
 
 
 @pytest.mark.long

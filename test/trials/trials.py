@@ -6,6 +6,7 @@ whatever befell it; what it did is told only if that does not hold.
 """
 
 import concurrent.futures
+import functools
 import json
 import math
 import os
@@ -147,16 +148,22 @@ def write_data(folder):
     return folder
 
 
+@functools.cache
 def precisions():
-    return [name for name, build in BUILDS.items() if (build / PROGRAMS[0]).exists()]
+    """Those that this machine can compute in: oneDNN has no bf16 for CPUs without AVX-512."""
+    plan = ["--plan", "--model", "1,32,1", "--context", "16"]
+    return [name for name, build in BUILDS.items()
+            if subprocess.run([build / PROGRAMS[0], *plan], capture_output=True, env=ENVIRONMENT).returncode == 0]
 
 
 def snapshot(folder):
-    """Every file and link below a folder by its name and bytes."""
+    """Every file and link below a folder by its name and bytes; but for locks, which only say who is at work."""
     found = {}
     for root, folders, files in os.walk(folder):
         for name in folders + files:
             path = Path(root) / name
+            if name == ".lock":
+                continue
             if path.is_symlink():
                 found[str(path.relative_to(folder))] = os.readlink(path)
             elif path.is_file():
