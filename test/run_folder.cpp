@@ -197,18 +197,21 @@ TEST_CASE("the part of a log that belongs to the first steps") {
                          R"({"event":"step","step":3})",
                          R"({"event":"save","path":"step_00000003","step":3})",
                          R"({"event":"end","step":3})"};
-    auto part = [&](size_t count, int64_t step, const std::string& torn = "") {
+    auto part_at = [&](size_t count, LogPosition position, const std::string& torn = "") {
         std::string text;
         for (size_t i = 0; i < count; i++) text += lines[i] + "\n";
         put_file(run / "log.jsonl", text + torn);
-        return log_until(run.path(), step);
+        return log_until(run.path(), position);
+    };
+    auto part = [&](size_t count, int64_t step, const std::string& torn) {
+        return part_at(count, {step, true, true}, torn);
     };
     auto bytes = [&](size_t count) {
         int64_t sum = 0;
         for (size_t i = 0; i < count; i++) sum += int64_t(lines[i].size()) + 1;
         return sum;
     };
-    CHECK(log_until(run.path(), 5).bytes == 0);
+    CHECK(log_until(run.path(), {5}).bytes == 0);
     for (const std::string torn : {"", "{\"event\":\"st", "{}"}) {
         CHECK(part(10, 0, torn).bytes == bytes(2));
         CHECK(part(10, 1, torn).bytes == bytes(4));
@@ -221,6 +224,14 @@ TEST_CASE("the part of a log that belongs to the first steps") {
         CHECK(part(6, 3, torn).checkpoint == "");
         CHECK(part(10, 0, torn).checkpoint == "step_00000003");
     }
+    // What was due at the last step and is still to be done is written again.
+    CHECK(part_at(10, {0, false, true}).bytes == bytes(1));
+    CHECK(part_at(10, {2, false, true}).bytes == bytes(5));
+    CHECK(part_at(10, {2, true, false}).bytes == bytes(6));
+    const std::string sampled = lines[2] + "\n" + R"({"event":"sample","step":1})" + "\n";
+    put_file(run / "log.jsonl", sampled);
+    CHECK(log_until(run.path(), {1, true, true}).bytes == int64_t(sampled.size()));
+    CHECK(log_until(run.path(), {1, true, false}).bytes == int64_t(lines[2].size()) + 1);
 }
 
 TEST_CASE("a checkpoint records all options but paths and a machine's") {
