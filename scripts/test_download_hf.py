@@ -1,6 +1,5 @@
 """download_hf.py against a small web server in place of the hub."""
 
-import hashlib
 import http.server
 import json
 import threading
@@ -9,6 +8,7 @@ import pytest
 
 import download_hf
 import recipes
+from recipe_testing import hub_entry
 
 FILES = {
     "config.json": b"{}",
@@ -30,14 +30,6 @@ SHARDS = {
 OTHER = {name: body[::-1] + b" " for name, body in FILES.items()}  # another model's, under the same names
 
 
-def entry(path, body):
-    """A file in the hub's listing: large ones have a SHA-256 beside git's name for what git holds."""
-    blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-    lfs = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
-    return {"type": "file", "path": path, "size": len(body)} | (
-        {"oid": "0" * 40, "lfs": lfs} if path.endswith(".safetensors") else {"oid": blob})
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """Models by name, and what was asked for."""
@@ -49,7 +41,7 @@ def hub(monkeypatch):
             asked.append(self.path)
             for name, files in models.items():
                 if self.path == f"/api/models/{name}/tree/main":
-                    return self.answer(json.dumps([entry(*file) for file in files.items()]).encode())
+                    return self.answer(json.dumps([hub_entry(*file) for file in files.items()]).encode())
                 file = self.path.removeprefix(f"/{name}/resolve/main/")
                 if file in files:
                     begin = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")

@@ -11,7 +11,7 @@ import subprocess
 import threading
 
 import pytest
-from recipe_testing import BARE, PYTHON, ROOT, call, run
+from recipe_testing import BARE, PYTHON, ROOT, call, hub_entry, run
 
 # What is made smaller, and nothing else: README's own words run.
 SMALLER = [
@@ -70,7 +70,7 @@ def hub(tmp_path, texts):
         run(PYTHON, "scripts/convert_hf.py", made / "run", "--back", folder, "--tokenizer", made / "tokens/tokenizer.json")
         listing = tmp_path / "hub/api/models" / name / "tree"
         listing.mkdir(parents=True)
-        files = [{"type": "file", "path": path.name} for path in folder.iterdir()]
+        files = [hub_entry(path.name, path.read_bytes()) for path in folder.iterdir()]
         (listing / "main").write_text(json.dumps(files))
 
     class Hub(http.server.SimpleHTTPRequestHandler):
