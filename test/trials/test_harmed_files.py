@@ -284,7 +284,7 @@ def harmed_files(trial, grounds):
 
 
 def test_some(grounds, tmp_path):
-    hold(lambda trial: harmed_files(trial, grounds), "harmed_files", 15, tmp_path, many=False)
+    hold(lambda trial: harmed_files(trial, grounds), "harmed_files", 10, tmp_path, many=False)
 
 
 @pytest.mark.long

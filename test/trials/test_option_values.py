@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trials import (CODES, HANG, PROGRAMS, VOCAB, Trial, covered, changed, hold, is_finite, is_number, precisions, snapshot, whole_checkpoints,
-                    write_data)
+from trials import (CODES, HANG, PROGRAMS, VOCAB, Trial, changed, covered, hold, is_finite, is_number, precisions,
+                    snapshot, whole_checkpoints, write_data)
 
 LONG_ENOUGH = 3  # seconds of a processor, after which a run that was asked to be endless is asked to stop
 OPTION = re.compile(r"^([* ]) --([a-z0-9-]+)(?: (\S+))?  ((?:.*\n)(?:   .*\n)*)", re.M)
