@@ -1,6 +1,7 @@
 #include "evaluation.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "errors.h"
@@ -36,6 +37,12 @@ std::string Text::decode(const std::vector<int32_t>& ids) const {
     return text;
 }
 
+static void check_finite(const Options& options, const std::vector<float>& logits) {
+    if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }))
+        throw RunFailed("the logits of " + options.init +
+                        " are not finite: its weights are too large to compute with; use an earlier checkpoint");
+}
+
 std::string generate(const Options& options, Model& model, const Text& text, int64_t step, const Pause& pause) {
     int64_t V = model.vocab(), T = model.cached_rows();
     std::vector<int32_t> ids = options.prompt_tokens;
@@ -54,6 +61,7 @@ std::string generate(const Options& options, Model& model, const Text& text, int
         int64_t size = static_cast<int64_t>(ids.size());
         if (size - window > T) window = size - (T + 1) / 2, cached = 0; // full: go on from the newest half
         model.next_logits(&ids[window + cached], cached, size - window - cached, logits.data());
+        if (!options.eval.empty()) check_finite(options, logits); // training looks at its losses
         cached = size - window;
         double u = random_uniform(options.seed, kSampleStream + step, i);
         ids.push_back(sample_token(logits.data(), V, options.temperature, options.top_k, u));
@@ -91,6 +99,7 @@ static void print_logits(const Options& options, Model& model) {
     for (int64_t t = 0; t < size; t++) {
         pass_on_signals();
         model.next_logits(&options.prompt_tokens[t], t, 1, logits.data());
+        check_finite(options, logits);
         for (int64_t v = 0; v < model.vocab(); v++) printf(v ? " %.9g" : "%.9g", logits[v]);
         printf("\n");
         if (ferror(stdout)) return; // its reader has gone, or the disk is full

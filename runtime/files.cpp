@@ -343,7 +343,12 @@ std::vector<std::string> expand_glob(const std::string& pattern) {
     if (result == 0) paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
     globfree(&found);
     if (result == GLOB_NOSPACE) throw RunFailed("out of memory while looking for files that match '" + pattern + "'");
-    if (paths.empty()) throw BadInput("no file matches '" + pattern + "'; check the path, and quote it in the shell");
+    if (paths.empty()) {
+        const std::string folder = std::filesystem::path(pattern).parent_path().string();
+        if (!folder.empty() && access(folder.c_str(), R_OK | X_OK) != 0 && errno != ENOENT)
+            throw BadInput("no file matches '" + pattern + "': " + folder + ": " + strerror(errno));
+        throw BadInput("no file matches '" + pattern + "'; check the path, and quote it in the shell");
+    }
     std::sort(paths.begin(), paths.end()); // by bytes: glob's own order depends on the locale
     return paths;
 }

@@ -125,6 +125,7 @@ void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path",
 // that is no number, may be the weights'.
 std::string Run::fault(const std::string& not_finite) const {
     if (!not_finite.empty()) return "its weights are not finite, those of " + not_finite + " first";
+    if (val_loss_ && !std::isfinite(*val_loss_)) return "its validation loss is not finite";
     if (skips_ > 1 || (skips_ == 1 && !skipped_outlier_))
         return std::to_string(skips_) + " update" + (skips_ > 1 ? "s in a row were" : " was") + " skipped before it";
     return "";
@@ -150,12 +151,12 @@ void Run::save() {
     std::vector<CheckpointPart> parts = {
         {"model.bin", model_.file_bytes(), [&](FileWriter& file) { not_finite = model_.write_file(file); }},
         {"optimizer.bin", state_bytes(tensors), [&](FileWriter& file) { write_state(device_, file, tensors); }}};
-    save_checkpoint(options_.out, step_, parts, meta, 0, [&] { return fault(not_finite); });
+    save_checkpoint(options_.out, step_, parts, meta, 0, [&] { return fault_ = fault(not_finite); });
     saved_ = step_;
     logged_ = false;
     log_save();
     remove_old_ = true;
-    if (skips_ || step_ == options_.steps) remove_old();
+    if (skips_ || (val_loss_ && std::isfinite(*val_loss_))) remove_old();
 }
 
 // While updates are skipped, what was saved since the last one is in doubt, and so is what that one made.
@@ -197,6 +198,7 @@ void Run::validate() {
     double loss = 0;
     or_save_first([&] { loss = validation_->mean_loss(model_, [&] { stop_if_asked(); }); });
     logged_ = true;
+    val_loss_ = loss;
     log_->write({{"event", "val"}, {"step", step_}, {"loss", loss}, {"tokens", tokens()}});
     char line[64];
     snprintf(line, sizeof line, "step %lld: val loss %.4f", static_cast<long long>(step_), loss);
@@ -275,7 +277,8 @@ void Run::one_step() {
                             options_.seed};
         optimizer.floor_v = options_.state_floor == "on";
         model_.update(optimizer);
-        if (remove_old_) remove_old();            // a finite loss has proven what was saved last
+        if (remove_old_) remove_old(); // a finite loss has proven what was saved last
+        val_loss_.reset();
         OptimizerCounts counts = model_.counts(); // waits for the update
         double took = seconds() - start;
         double flops = model_.step_cost(B).flops * micro_steps;
@@ -334,4 +337,5 @@ void Run::steps() {
     snprintf(memory, sizeof memory, "%.2f GiB", double(peak_resident_bytes()) / (1 << 30));
     progress_.say("done: " + std::to_string(step_) + " steps, " + format_duration(seconds() - began_) +
                   ", peak memory " + memory + ", checkpoint " + options_.out + "/" + checkpoint_name(step_));
+    if (!fault_.empty()) warn(checkpoint_name(step_) + " is not healthy: " + fault_);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "checkpoint.h"
@@ -42,8 +43,10 @@ private:
     bool validated_ = false, sampled_ = false; // if due at this step
     bool logged_ = false;                      // validated or sampled since the checkpoint of this step
 
-    bool skipped_outlier_ = false; // the last of skips_ had a loss and a norm, if unusual ones
-    bool remove_old_ = false;      // old checkpoints stay until the next update proves the one just saved
+    bool skipped_outlier_ = false;   // the last of skips_ had a loss and a norm, if unusual ones
+    bool remove_old_ = false;        // old checkpoints stay until a finite loss proves the one just saved
+    std::optional<double> val_loss_; // of these weights
+    std::string fault_;              // of the checkpoint saved last
 
     bool due(int64_t every) const { return every > 0 && step_ > 0 && step_ % every == 0; }
     void resume(const Checkpoint& from);

@@ -62,8 +62,24 @@ def test_a_run_that_broke_goes_on_from_its_newest_healthy_checkpoint(data, tmp_p
     assert mended.returncode == DONE, mended.stderr
     assert "not healthy" in mended.stderr and "step_00000020 is taken" in mended.stderr
     assert steps(run) == list(range(1, 33))
-    # The broken ones made room as old ones do.
-    assert len(checkpoints(run)) == 2 and not any(manifest(run, int(name[5:]))["fault"] for name in checkpoints(run))
+    # The broken ones made room as old ones do; one more is kept than asked, as no loss has proven the last.
+    assert len(checkpoints(run)) == 3 and not any(manifest(run, int(name[5:]))["fault"] for name in checkpoints(run))
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_the_last_update_may_be_the_one_that_breaks_the_weights(data, tmp_path, val):
+    run = tmp_path / "run"
+    habits = dict(save_every=1, keep=1, sample_every=0) | ({} if val else {"val": None})
+    assert trainer(*options(data, steps=3, **habits), "--out", run).returncode == DONE
+    broken = trainer("--out", run, "--resume", "--steps", 4, "--lr", 1e30)
+    assert broken.returncode == DONE
+    assert ("step_00000004 is not healthy: its validation loss is not finite" in broken.stderr) == val
+    assert "step_00000003" in checkpoints(run)
+    if not val:  # seen by the first step that goes on
+        assert trainer("--out", run, "--resume", "--steps", 20, "--lr", 1e-4).returncode == FAILED
+    mended = trainer("--out", run, "--resume", "--steps", 6, "--lr", 1e-4)
+    assert mended.returncode == DONE and "step_00000003 is taken" in mended.stderr, mended.stderr
+    assert steps(run) == list(range(1, 7))
 
 
 def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(data, reference, tmp_path):
@@ -81,6 +97,9 @@ def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(data, refer
     (tmp_path / "huge.bin").write_bytes(content)
     done = trainer("--init", tmp_path / "huge.bin", "--eval", "loss", "--val", f"{data}/val_*.bin")
     assert done.returncode == FAILED and "not finite" in complaint(done) and not done.stdout
+    for what in ("logits", "sample"):
+        done = trainer("--init", tmp_path / "huge.bin", "--eval", what, "--prompt-tokens", 1)
+        assert done.returncode == FAILED and "not finite" in complaint(done) and not done.stdout
 
 
 def test_a_checkpoint_of_weights_that_are_not_finite_says_so(data, reference, tmp_path):
@@ -173,7 +192,7 @@ def test_a_longer_run_has_a_longer_schedule(data, tmp_path):
     assert trainer(*chosen, "--out", run).returncode == DONE
     done = trainer("--out", run, "--resume", "--steps", 60)
     assert done.returncode == DONE
-    assert "learning rate goes from 9.75e-04 at step 20 to 3.00e-03" in complaint(done)
+    assert "learning rate goes from 9.75e-04 at step 20 to 3.00e-03" in done.stderr
     rates = [event["lr"] for event in untimed(run) if event["event"] == "step"]
     assert rates[19] < 1e-3 and set(rates[20:49]) == {3e-3} and 0 < rates[59] < rates[49] < 3e-3  # the last 12 decay
     # The same schedule, or another --lr alone, is no jump.
