@@ -43,7 +43,7 @@ RunLog::RunLog(const std::string& path, int64_t keep_bytes) : path_(path) {
     if (bytes_ < keep_bytes) {
         close(fd_);
         throw RunFailed(path_ + " has " + std::to_string(bytes_) + " bytes, fewer than the " +
-                        std::to_string(keep_bytes) + " that its checkpoint counts: it was cut or replaced");
+                        std::to_string(keep_bytes) + " to keep: it was cut or replaced at this moment");
     }
     if (ftruncate(fd_, keep_bytes) != 0) {
         int error = errno;

@@ -11,7 +11,7 @@
 class RunLog {
 public:
     // Opens or creates; `keep_bytes` >= 0 first cuts the file to that many bytes (a resume drops what came after its
-    // checkpoint). Throws RunFailed if the file is shorter than keep_bytes.
+    // checkpoint). Throws RunFailed if the file is shorter than that.
     RunLog(const std::string& path, int64_t keep_bytes);
     ~RunLog();
     RunLog(const RunLog&) = delete;
@@ -19,7 +19,7 @@ public:
 
     void write(const nlohmann::json& event);
     int64_t bytes() const { return bytes_; }
-    void sync(); // fsync, before a checkpoint that names bytes()
+    void sync(); // fsync, before a checkpoint: the log on the disk never lags behind it
 
 private:
     std::string path_;

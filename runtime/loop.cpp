@@ -1,5 +1,6 @@
 #include "loop.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <utility>

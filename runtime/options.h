@@ -94,7 +94,7 @@ struct Family {
 // holds.
 Options parse_options(int argc, char** argv, const Family& family);
 
-// The table as TOML, every option of a run with its value: written to OUT/options.toml once all defaults are resolved.
+// The table as TOML, every option of a run with its value: written to OUT/options.toml; only of the schedule what is left open stays so.
 // out, resume and eval belong to a command, not to a run, and are left out. parse_options reads every value back as it
 // was, to the last bit.
 std::string options_toml(const Options& options, const Family& family);

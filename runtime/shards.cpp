@@ -256,8 +256,12 @@ Loader::Loader(const std::vector<SourceSpec>& sources, int64_t T, int64_t V, uin
         total += source.weight;
     }
     if (std::isinf(total)) throw BadInput("the weights of the sources are too large to be summed; scale them down");
+    size_t shards = 0;
     for (const SourceSpec& source : sources) {
         sources_.emplace_back(source.glob, T, V);
+        if ((shards += sources_.back().shards().size()) > kMostShards)
+            throw BadInput("the sources have more than " + std::to_string(kMostShards) +
+                           " shards together; make longer ones (data/prepare.py --shard-tokens)");
         shares_.push_back(std::llround(source.weight / total * kWhole));
         drawn_.push_back(0);
     }
@@ -305,7 +309,7 @@ nlohmann::json Loader::shards() const {
 }
 
 nlohmann::json Loader::state() const {
-    nlohmann::json state = {{"drawn", drawn_}, {"windows", windows()}, {"sources", shards()}};
+    nlohmann::json state = {{"drawn", drawn_}, {"shares", shares_}, {"windows", windows()}, {"sources", shards()}};
     for (const Windows& source : sources_)
         if (source.dataset()) state["tokenizer"] = source.dataset()->tokenizer.to_json();
     return state;
@@ -353,8 +357,8 @@ void Loader::restore(const nlohmann::json& state) {
         counts.push_back(count.get<int64_t>());
     }
     // Other shards would be another order: some windows seen twice, some never.
-    const std::string advice = "; put back the shards that the run was started with, or go on with these as a new run: "
-                               "--init with this one's folder, and another --out";
+    const std::string advice = "; put back what the run was started with, or go on with this as a new run: --init with "
+                               "this one's folder, and another --out";
     if (auto then = state.find("sources"); then != state.end()) {
         std::string difference;
         try {
@@ -365,6 +369,8 @@ void Loader::restore(const nlohmann::json& state) {
         }
         if (!difference.empty()) throw BadInput("--train: " + difference + advice);
     }
+    if (auto then = state.find("shares"); then != state.end() && *then != nlohmann::json(shares_))
+        throw BadInput("--train: the sources have other weights than the run was started with" + advice);
     if (auto then = state.find("windows"); then != state.end() && *then != nlohmann::json(windows()))
         throw BadInput("the sources have " + nlohmann::json(windows()).dump() +
                        " windows, but the checkpoint was made with " + then->dump() + advice);

@@ -234,7 +234,7 @@ template <class Bits> static bool all_finite(const char* values, size_t bytes, B
     return finite;
 }
 
-// The way back.
+// write_bytes() backwards.
 static void read_bytes(const Device& device, const FileReader& file, size_t offset, void* to, size_t bytes,
                        bool waits) {
     std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));

@@ -1,7 +1,6 @@
 #include "training.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -13,14 +12,10 @@
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-static double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }
 
 Run::Run(Options& options, const Device& device, Model& model, const Start& start)
-    : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock), began_(seconds()) {
+    : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock), began_(steady_seconds()) {
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro;
@@ -216,7 +211,7 @@ void Run::stop_if_asked() {
     pass_on_signals();
     std::string why;
     if (int signal = stop_signal()) why = std::string("signal ") + strsignal(signal);
-    if (options_.max_hours > 0 && seconds() - began_ > options_.max_hours * 3600) why = "--max-hours";
+    if (options_.max_hours > 0 && steady_seconds() - began_ > options_.max_hours * 3600) why = "--max-hours";
     const bool done = step_ >= options_.steps && validated_ && sampled_;
     if (why.empty() || done) return;
     save();
@@ -251,7 +246,7 @@ std::string Run::reason_to_skip(double loss, double norm, double& z) const {
 }
 
 void Run::one_step() {
-    double start = seconds();
+    double start = steady_seconds();
     int64_t B = options_.batch, T = options_.context, micro_steps = options_.tokens_per_step / (B * T);
     std::vector<int32_t> tokens(B * T), targets(B * T);
     model_.begin_step(step_);
@@ -280,7 +275,7 @@ void Run::one_step() {
         if (remove_old_) remove_old(); // a finite loss has proven what was saved last
         val_loss_.reset();
         OptimizerCounts counts = model_.counts(); // waits for the update
-        double took = seconds() - start;
+        double took = steady_seconds() - start;
         double flops = model_.step_cost(B).flops * micro_steps;
         double rate = options_.tokens_per_step / took, percent = peak_percent(device_, flops / took);
         json event = {{"event", "step"},
@@ -335,7 +330,7 @@ void Run::steps() {
     progress_.finish();
     char memory[32];
     snprintf(memory, sizeof memory, "%.2f GiB", double(peak_resident_bytes()) / (1 << 30));
-    progress_.say("done: " + std::to_string(step_) + " steps, " + format_duration(seconds() - began_) +
+    progress_.say("done: " + std::to_string(step_) + " steps, " + format_duration(steady_seconds() - began_) +
                   ", peak memory " + memory + ", checkpoint " + options_.out + "/" + checkpoint_name(step_));
     if (!fault_.empty()) warn(checkpoint_name(step_) + " is not healthy: " + fault_);
 }

@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
     folder: str
     options: dict[str, Any]
-    meta: dict[str, Any]  # of the checkpoint's manifest
+    step: Optional[int]  # the checkpoint's
 
 
 def read_object(path: str, load: Callable[[Any], Any]) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def run_of(weights: str) -> Run:
     manifest = read_object(os.path.join(checkpoint, "manifest.json"), json.load)
     folder = os.path.dirname(checkpoint)
     if not manifest:
-        return Run("", {}, {})
-    meta = manifest.get("meta")
+        return Run("", {}, None)
+    step = manifest.get("step")
     return Run(folder, read_object(os.path.join(folder, "options.toml"), tomllib.load),
-               meta if isinstance(meta, dict) else {})
+               step if isinstance(step, int) else None)
 
 
 def found(run: Run, pattern: Any) -> Optional[str]:
@@ -140,7 +140,6 @@ def shown(value: Any) -> Any:
 def losses(run: Run) -> list[str]:
     """The newest of each kind that the checkpoint has behind it."""
     last: dict[str, dict[str, Any]] = {}
-    updates = run.meta.get("updates")
     try:
         with open(os.path.join(run.folder, "log.jsonl"), "rb") as file:
             for line in file:
@@ -149,7 +148,7 @@ def losses(run: Run) -> list[str]:
                     kind, step, loss = event["event"], event["step"], float(event["loss"])
                 except (ValueError, KeyError, TypeError):
                     continue
-                if kind in ("step", "val") and (not isinstance(updates, int) or step <= updates):
+                if kind in ("step", "val") and (run.step is None or step <= run.step):
                     last[kind] = {"step": step, "loss": loss}
     except OSError:
         pass
@@ -163,7 +162,6 @@ def toml(value: Any) -> str:
 
 def card(title: str, about: str, run: Run) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {title}", "", about]
-    updates = run.meta.get("updates")
     if run.options:
         start = run.options.get("init")
         lines += ["", "## Training", "", f"- Started from: {f'`{shown(start)}`' if start else 'random weights'}"]
@@ -173,10 +171,10 @@ def card(title: str, about: str, run: Run) -> str:
             if isinstance(train, dict) and isinstance(train.get("tokens"), int):
                 texts.append(f"{train['tokens']:,} tokens")
         lines.append(f"- Text: {', '.join(texts)}")
-        if isinstance(updates, int):
+        if run.step is not None:
             each = run.options.get("tokens-per-step")
-            read = f", {updates * each:,} tokens read" if isinstance(each, int) else ""
-            lines.append(f"- Steps: {updates:,}{read}")
+            read = f", {run.step * each:,} tokens read" if isinstance(each, int) else ""
+            lines.append(f"- Steps: {run.step:,}{read}")
         lines += [f"- Loss: {loss}" for loss in losses(run)]
         lines += ["", "The options of the trainer:", "", "```toml"]
         lines += [f"{key} = {toml(shown(value))}" for key, value in run.options.items()

@@ -392,6 +392,8 @@ TEST_CASE("impossible data positions are refused and change nothing") {
         CHECK_THROWS_AS(loader.restore(nlohmann::json::parse(bad)), BadInput);
         CHECK(loader.state() == good);
     }
+    Loader otherwise({{folder / "a.bin", 0.6}, {folder / "a.bin", 0.4}}, 10, 65536, 3);
+    CHECK(contains(message_of<BadInput>([&] { otherwise.restore(good); }), "other weights"));
     loader.restore(nlohmann::json({{"drawn", {int64_t(1) << 60, int64_t(1) << 60}}}));
     draw(loader, 10, 10); // far away, still in order
 }
