@@ -124,7 +124,8 @@ std::vector<OptionRow> option_table(const Family& family) {
         {data,
          "train",
          "GLOBS",
-         "token shards to train on: GLOB[:WEIGHT],GLOB[:WEIGHT],...",
+         "token shards to train on: GLOB[:WEIGHT],GLOB[:WEIGHT],...; a resumed run takes the same ones from another "
+         "place",
          &O::train,
          fixed,
          {},

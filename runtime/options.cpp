@@ -392,6 +392,13 @@ bool waits_on_host(const Options& options, const std::string& what) {
     return ("," + options.offload + ",").find("," + what + ",") != std::string::npos;
 }
 
+// Whether the run's checkpoint knows its shards by their hashes, so that it does not matter where they lie.
+static bool knows_its_shards(const std::string& out) {
+    const std::optional<Checkpoint> newest = newest_by_manifest(out);
+    const nlohmann::json data = newest ? newest->meta.value("loader", nlohmann::json()) : nlohmann::json();
+    return data.contains("sources") && data.contains("shares");
+}
+
 Options parse_options(int argc, char** argv, const Family& family) {
     const std::vector<OptionRow> table = option_table(family);
     Layer given = read_command_line(argc, argv, family, table);
@@ -415,10 +422,10 @@ Options parse_options(int argc, char** argv, const Family& family) {
             const OptionRow& row = *find_row(table, name);
             std::string was = value_text(*own, row), now = value_text(asked, row);
             bool left_open = row.unset && now == value_text(Options(), row);
-            bool first_data =
-                row.name == std::string("train") && was.empty(); // a run of --steps 0 may get its data now
+            // A run of --steps 0 may get its data now, and shards may have been moved.
+            bool data = row.name == std::string("train") && (was.empty() || knows_its_shards(asked.out));
             if (row.scope == OptionScope::fixed && left_open) continue;
-            if (row.scope == OptionScope::fixed && was != now && !first_data && holds_checkpoints(asked.out))
+            if (row.scope == OptionScope::fixed && was != now && !data && holds_checkpoints(asked.out))
                 throw BadInput(value.where + ": the run in " + asked.out + " has " + shown(was) +
                                " and cannot go on with " + now +
                                ": leave it out, or start another run with another --out");
