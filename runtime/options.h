@@ -94,9 +94,9 @@ struct Family {
 // holds.
 Options parse_options(int argc, char** argv, const Family& family);
 
-// The table as TOML, every option of a run with its value: written to OUT/options.toml; only of the schedule what is left open stays so.
-// out, resume and eval belong to a command, not to a run, and are left out. parse_options reads every value back as it
-// was, to the last bit.
+// The table as TOML, every option of a run with its value: written to OUT/options.toml. What is left open of the
+// schedule stays so. out, resume and eval belong to a command, not to a run, and are left out. parse_options reads
+// every value back as it was, to the last bit.
 std::string options_toml(const Options& options, const Family& family);
 
 // What a checkpoint keeps of a run's options, names and values as the command line takes them: all but those that name

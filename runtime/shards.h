@@ -76,9 +76,10 @@ public:
     const std::vector<Windows>& sources() const { return sources_; }
 
     // The data position, for checkpoints: {"drawn": [windows taken from each source], "shares": [of 2^53 each],
-    // "windows": [how many each has], "sources": [its shards], "tokenizer": what dataset.json says, if it is there}. It depends on the shards alone and
-    // not on where they are. restore() refuses a state of another shape, of other data, or with counts that no run can
-    // have reached; one without sources, as earlier programs wrote, is judged by its numbers.
+    // "windows": [how many each has], "sources": [its shards], "tokenizer": what dataset.json says, if it is there}. It
+    // depends on the shards alone and not on where they are. restore() refuses a state of another shape, of other data
+    // or weights, or with counts that no run can have reached; one without sources, as earlier programs wrote, is
+    // judged by its numbers.
     nlohmann::json state() const;
     void restore(const nlohmann::json& state);
 

@@ -15,7 +15,8 @@ using nlohmann::json;
 static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }
 
 Run::Run(Options& options, const Device& device, Model& model, const Start& start)
-    : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock), began_(steady_seconds()) {
+    : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock),
+      began_(steady_seconds()) {
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro;
