@@ -211,11 +211,11 @@ struct Matmul {
         }
     }
 
-    // The product in tiles of dst, whose copies of a and b are at most kCopy floats each where K allows it. Sums are
-    // whole, in float, and rounded once, as oneDNN's are.
+    // The product in tiles of dst, so that all copies together stay at some 48 MiB where K allows it. Sums are whole, in
+    // float, and rounded once, as oneDNN's are.
     void run_widened(void* dst, const real* a, const real* b, const real* bias, const Product& p) {
-        constexpr int64_t kCopy = int64_t(1) << 22, kLeast = 64;
-        const int64_t most = std::max(kLeast, kCopy / p.K);
+        constexpr int64_t kCopy = int64_t(1) << 22, kLeast = 64, kMost = 2048;
+        const int64_t most = std::clamp(kCopy / p.K, kLeast, kMost);
         const bool to_real = p.type == kReal;
         auto row_or = [](int64_t row, int64_t width) { return row ? row : width; };
         const int64_t a_row = row_or(p.a_row, p.a_transposed ? p.M : p.K),
@@ -227,7 +227,7 @@ struct Matmul {
                 tile.a_row = tile.b_row = 0;
                 tile.dst_row = to_real ? 0 : dst_row;
                 tile.type = tile.input = Type::f32;
-                copies.resize(size_t((tile.M + tile.N) * p.K + tile.N + tile.M * tile.N));
+                copies.resize(size_t((tile.M + tile.N) * p.K + tile.N + (to_real ? tile.M * tile.N : 0)));
                 float *wide_a = copies.data(), *wide_b = wide_a + tile.M * p.K, *wide_bias = wide_b + p.K * tile.N,
                       *sums = wide_bias + tile.N;
                 if (p.a_transposed)
