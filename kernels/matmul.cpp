@@ -211,8 +211,8 @@ struct Matmul {
         }
     }
 
-    // The product in tiles of dst, so that all copies together stay at some 48 MiB where K allows it. Sums are whole, in
-    // float, and rounded once, as oneDNN's are.
+    // The product in tiles of dst, so that all copies together stay at some 48 MiB where K allows it. Sums are whole,
+    // in float, and rounded once, as oneDNN's are.
     void run_widened(void* dst, const real* a, const real* b, const real* bias, const Product& p) {
         constexpr int64_t kCopy = int64_t(1) << 22, kLeast = 64, kMost = 2048;
         const int64_t most = std::clamp(kCopy / p.K, kLeast, kMost);

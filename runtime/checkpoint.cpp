@@ -182,8 +182,8 @@ std::optional<Checkpoint> looked_at(const std::string& path) {
 }
 
 bool exists(const std::string& path) {
-    std::error_code ignored;
-    return fs::exists(fs::symlink_status(path, ignored));
+    std::error_code ignored; // what may not be looked at may well be there
+    return fs::symlink_status(path, ignored).type() != fs::file_type::not_found;
 }
 
 void remove_quietly(const std::string& path) {

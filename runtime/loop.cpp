@@ -146,17 +146,19 @@ void check_data(const Options& options, const Model& model, const Start& start) 
         const std::string by = "the run of " + start.weights;
         known.push_back({by, TokenizerId::from_json(data["tokenizer"], by)});
     }
-    const bool origin_known = !known.empty();
-    if (!options.tokenizer.empty()) known.push_back({options.tokenizer, tokenizer_id(Tokenizer(options.tokenizer))});
+    // Weights of no run, and nobody said that they are meant for other tokens.
+    const bool pretrained = known.empty() && !start.weights.empty() && !start.resume && !options.vocab;
+    auto learn = [&](const std::string& by, const TokenizerId& id) {
+        known.push_back({by, id});
+        if (pretrained) check_pretrained(model, start, known.back());
+    };
+    if (!options.tokenizer.empty()) learn(options.tokenizer, tokenizer_id(Tokenizer(options.tokenizer)));
     const json then = start.resume && data.is_object() ? data.value("sources", json::array()) : json::array();
     for (const std::string& glob : data_globs(options)) {
         const Windows windows(glob, model.context(), model.vocab());
         // A resumed run looked at its shards when it began.
         if (std::find(then.begin(), then.end(), windows.shards()) == then.end()) windows.check_ids();
-        if (!windows.dataset()) continue;
-        known.push_back({windows.dataset()->path, windows.dataset()->tokenizer});
-        if (!start.weights.empty() && !start.resume && !origin_known && !options.vocab)
-            check_pretrained(model, start, known.back());
+        if (windows.dataset()) learn(windows.dataset()->path, windows.dataset()->tokenizer);
     }
     for (size_t i = 0; i < known.size(); i++)
         for (size_t j = 0; j < i; j++)

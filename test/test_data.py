@@ -145,9 +145,13 @@ def test_trained_weights_refuse_ids_that_are_noise_to_them(program, V, size, eot
         assert done.returncode == DONE, done.stderr
     done = trainer(*args, "--out", tmp_path / "run", program=program)
     assert done.returncode == DONE, done.stderr
-    # Nothing is known of llm.c's own shards.
+    # Nothing is known of llm.c's own shards, but for what their tokenizer says.
     (folder / "dataset.json").unlink()
     assert trainer(*evaluation, program=program).returncode == DONE
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.bin", [struct.pack("<H", i) for i in range(size)], eot)
+    for what in (evaluation, ["--eval", "sample", "--init", weights[program], "--sample-tokens", 1]):
+        done = trainer(*what, "--tokenizer", tokenizer, program=program)
+        assert done.returncode == (BAD_INPUT if noise else DONE) and (not noise or noise in complaint(done)), done
 
 
 def test_a_padded_model_of_ones_own_goes_on_with_its_tokens(described, tmp_path):
@@ -191,6 +195,6 @@ def test_a_run_goes_on_with_its_own_shards_only(data, tmp_path):
     assert trainer(*resume).returncode == DONE
     # Where they lie does not matter; how they are mixed does.
     moved = shards.rename(tmp_path / "moved")
-    resume += ["--steps", 8, "--train", f"{moved}/train_*.bin", "--val", f"{moved}/val_*.bin"]
+    resume[-1:] = [8, "--train", f"{moved}/train_*.bin", "--val", f"{moved}/val_*.bin"]
     assert trainer(*resume).returncode == DONE
     assert f'train = "{moved}/train_*.bin"' in (run / "options.toml").read_text()
