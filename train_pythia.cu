@@ -445,6 +445,7 @@ Work Pythia::work(int64_t B) const {
 
 void run_pythia(int argc, char** argv) {
     Options options = parse_options(argc, argv, kPythiaFamily);
+    if (options.help) return;
     Origin<PythiaConfig> origin(options);
     auto configure = [&](const Options& o) {
         if (origin.from_scratch()) return config_from_options(o);

@@ -184,12 +184,7 @@ Layer read_command_line(int argc, char** argv, const Family& family, const std::
     } catch (const CLI::Error& error) {
         throw BadInput(one_line(error.what()) + " (see --help)");
     }
-    if (help) {
-        std::string text = options_help(family);
-        fwrite(text.data(), 1, text.size(), stdout);
-        fflush(stdout);
-        std::exit(kDone);
-    }
+    if (help) return {{"help", {"true", "--help"}}};
     if (std::vector<std::string> rest = app.remaining(); !rest.empty()) {
         std::string word = one_line(rest[0]);
         throw BadInput(word[0] == '-'
@@ -403,6 +398,12 @@ static bool knows_its_shards(const std::string& out) {
 Options parse_options(int argc, char** argv, const Family& family) {
     const std::vector<OptionRow> table = option_table(family);
     Layer given = read_command_line(argc, argv, family, table);
+    if (given.count("help")) {
+        fputs(options_help(family).c_str(), stdout);
+        Options nothing;
+        nothing.help = true;
+        return nothing;
+    }
     if (auto config = given.find("config"); config != given.end()) {
         std::string path = config->second.text;
         given.erase(config);
@@ -507,7 +508,8 @@ std::string options_help(const Family& family) {
     const std::string& p = family.program;
     text +=
         "\nExit codes: 0 done; 1 the run failed; 2 bad options or input; 3 more memory than there is; 4 stopped by a\n"
-        "signal or --max-hours with a checkpoint to resume from.\n"
+        "signal or --max-hours with a checkpoint to resume from. The signals are INT (Ctrl-C), TERM, HUP, USR1,\n"
+        "USR2 and XCPU; INT, TERM, USR1 or USR2 again, more than a second later, ends the run at once, without.\n"
         "\nExamples:\n"
         "  " +
         p +

@@ -60,7 +60,8 @@ struct Options {
     int64_t top_k = 40; // 0: all
     int64_t save_every = 500, keep = 2;
     double max_hours = 0;
-    std::string eval; // loss, sample, or empty
+    std::string eval;  // loss, sample, or empty
+    bool help = false; // printed, and nothing is left to do
 
     Planned planned; // no option
 
@@ -86,12 +87,12 @@ struct Family {
 
 // Parses the command line over --config FILE over, with --resume, OUT/options.toml or, if that is gone, what the newest
 // checkpoint recorded of it; checks every value and what they need of each other; throws BadInput, before anything is
-// written. --help prints and exits 0. With --resume, an option given (on the command line or in --config) that differs
-// from the run's own and is not marked free throws BadInput naming the option and both values; one given as its own
-// "choose for me" value keeps the run's. So does an options.toml that differs from what its checkpoints recorded. A
-// memory option or --batch given as another than the run's opens again what was chosen of the others. --resume without
-// a run folder starts afresh. Of --model and --init one comes back empty: the one said nearer to the command line
-// holds.
+// written. --help is printed, and nothing else looked at. With --resume, an option given (on the command line or in
+// --config) that differs from the run's own and is not marked free throws BadInput naming the option and both values;
+// one given as its own "choose for me" value keeps the run's. So does an options.toml that differs from what its
+// checkpoints recorded. A memory option or --batch given as another than the run's opens again what was chosen of the
+// others. --resume without a run folder starts afresh. Of --model and --init one comes back empty: the one said nearer
+// to the command line holds.
 Options parse_options(int argc, char** argv, const Family& family);
 
 // The table as TOML, every option of a run with its value: written to OUT/options.toml. What is left open of the

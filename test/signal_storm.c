@@ -1,9 +1,7 @@
-// Preloaded by test_signals.py: sends signals to every thread of the process by its id, as profilers and timers do, from
-// a thread of its own. Handlers are empty; what matters is where they run.
+// Preloaded by test_signals.py: sends signals to every thread of the process by its id, as profilers and timers do,
+// from a thread of its own. Handlers are empty; what matters is where they run.
 //
-// SIGNAL_STORM_MICROSECONDS between two rounds of PROF and ALRM to each thread; 0 or unset: none
-// SIGNAL_STORM_STOP         number of a signal that is sent once, to a thread drawn by SIGNAL_STORM_SEED
-// SIGNAL_STORM_AFTER        milliseconds before that
+// SIGNAL_STORM_MICROSECONDS between two rounds of PROF and ALRM to each thread; unset: none
 // SIGNAL_STORM_HANG         fsync() of files whose path holds this never returns, as on a network disk that has gone
 // SIGNAL_STORM_REPORT       file that gets "sent N handled M" at exit
 #define _GNU_SOURCE
@@ -24,11 +22,6 @@ static void on_signal(int number) {
     handled++;
 }
 
-static long number_of(const char* name) {
-    const char* text = getenv(name);
-    return text ? atol(text) : 0;
-}
-
 static int threads(int* ids, int most) {
     int count = 0;
     DIR* folder = opendir("/proc/self/task");
@@ -41,26 +34,19 @@ static int threads(int* ids, int most) {
     return count;
 }
 
-static int send(int thread, int number) {
-    int failed = syscall(SYS_tgkill, getpid(), thread, number) != 0;
-    if (!failed) sent++;
-    return failed;
+static void send(int thread, int number) {
+    if (syscall(SYS_tgkill, getpid(), thread, number) == 0) sent++;
 }
 
 static void* storm(void* unused) {
     (void)unused;
-    long pause = number_of("SIGNAL_STORM_MICROSECONDS"), after = number_of("SIGNAL_STORM_AFTER") * 1000, waited = 0;
-    int stop = (int)number_of("SIGNAL_STORM_STOP"), ids[1024];
-    for (;;) {
+    const char* pause = getenv("SIGNAL_STORM_MICROSECONDS");
+    int ids[1024];
+    pthread_setname_np(pthread_self(), "storm");
+    while (pause) {
         int count = threads(ids, 1024);
-        if (pause)
-            for (int i = 0; i < count; i++) send(ids[i], SIGPROF), send(ids[i], SIGALRM);
-        if (stop && waited >= after && count) {
-            send(ids[number_of("SIGNAL_STORM_SEED") % count], stop);
-            stop = 0;
-        }
-        usleep(pause ? pause : 1000);
-        waited += pause ? pause : 1000;
+        for (int i = 0; i < count; i++) send(ids[i], SIGPROF), send(ids[i], SIGALRM);
+        usleep(atol(pause));
     }
     return NULL;
 }

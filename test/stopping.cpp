@@ -201,21 +201,25 @@ TEST_CASE("stopped over and over") {
 
 TEST_CASE("data that cannot be read ends a run, but not before its last update is saved") {
     ScratchFolder folder;
-    write_shard(folder / "val.bin", 100);
-    write_shard(folder / "train.bin", 400);
+    const std::map<std::string, int64_t> shards = {{"train", 400}, {"val", 100}};
+    for (auto& [name, tokens] : shards) write_shard(folder / (name + ".bin"), tokens);
     REQUIRE(run(folder, "whole", 0) == kDone);
-    auto cut = [&] { std::filesystem::resize_file(folder / "train.bin", 1024); };
-    std::set<std::string> saved;
-    for (int at = 1; at <= 30; at += 3) {
-        const std::string name = "run_" + std::to_string(at);
-        int code = run(folder, name, at, nullptr, cut);
-        write_shard(folder / "train.bin", 400);
-        auto left = newest_checkpoint(folder / name, [](const std::string&) {});
-        saved.insert(left ? checkpoint_name(left->step) : "none");
-        if (code == kDone) continue; // all was read before
-        CHECK(code == kRunFailed);
-        CHECK(run(folder, name, 0) == kDone);
-        CHECK(difference(folder / name, folder / "whole") == "");
+    for (auto& [name, tokens] : shards) {
+        const std::string shard = folder / (name + ".bin");
+        auto cut = [&] { std::filesystem::resize_file(shard, 1024); };
+        std::set<std::string> saved;
+        for (int at = 1; at <= 30; at += 3) {
+            INFO(name << " cut in call " << at);
+            const std::string out = name + "_" + std::to_string(at);
+            int code = run(folder, out, at, nullptr, cut);
+            write_shard(shard, tokens);
+            auto left = newest_checkpoint(folder / out, [](const std::string&) {});
+            saved.insert(left ? checkpoint_name(left->step) : "none");
+            if (code == kDone) continue; // all was read before
+            CHECK(code == kRunFailed);
+            CHECK(run(folder, out, 0) == kDone);
+            CHECK(difference(folder / out, folder / "whole") == "");
+        }
+        CHECK(saved.size() >= 3); // at several positions
     }
-    CHECK(saved.size() >= 3); // in the middle of several steps
 }
