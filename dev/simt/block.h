@@ -17,8 +17,9 @@ namespace simt {
 
 constexpr int kMaxThreads = 1024, kLanes = 32, kMaxWarps = kMaxThreads / kLanes, kBarriers = 16;
 
-// Instrumented kernels with large fragments take a few KiB; printf in a kernel more. Untouched pages cost nothing.
-constexpr size_t kStackBytes = 64 * 1024;
+// Instrumented kernels with large fragments take a few KiB; printf in a kernel more. Untouched pages cost nothing. An
+// odd number of pages: a power of two would put all stacks into the same few sets of the L2 cache and of the TLB.
+constexpr size_t kStackBytes = 17 * 4096;
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kRedZoneBytes = 64 * 1024;
 constexpr size_t kSharedBytes = 256 * 1024; // the largest block of shared memory that any card has, rounded up
