@@ -90,11 +90,16 @@ def check_texts(model, folder: str, texts: list[str], tokenizer_json: str, eot_t
     longest = model.config.max_position_embeddings - NEW_TOKENS
     texts = [text for text in texts if len(ours.encode([text])[0]) <= longest]
     padded = theirs(texts, padding=True, return_tensors="pt")
-    greedy = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    together = model.generate(**padded, **greedy, pad_token_id=theirs.pad_token_id)[:, -NEW_TOKENS:]
-    for text, made in zip(texts, together.tolist()):
-        one = theirs(text, return_tensors="pt")
-        alone = model.generate(**one, **greedy, pad_token_id=theirs.pad_token_id)[0, -NEW_TOKENS:].tolist()
+    if extra := set(padded) - {"input_ids", "attention_mask"}:
+        faults.append(f"the tokenizer makes {', '.join(sorted(extra))} too, and the model was trained without")
+
+    def continued(inputs):
+        made = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+                              max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=theirs.pad_token_id)
+        return made[:, -NEW_TOKENS:].tolist()
+
+    for text, made in zip(texts, continued(padded)):
+        alone = continued(theirs(text, return_tensors="pt"))[0]
         if alone != made:
             faults.append(f"{text!r} goes on with {made} in a padded batch, and with {alone} alone")
     for fault in faults:

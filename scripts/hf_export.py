@@ -112,12 +112,14 @@ def tokenizer_of(run: Run, eot_text: Optional[str], warn: Callable[[str], None]
 def tokenizer_config(eot_text: str, context: int) -> dict[str, Any]:
     """Without it transformers takes the tokenizer's class from config.json's model_type. 5.x then rebuilds GPT-2's or
     GPT-NeoX's from vocabulary and merges alone: without normalizer and pre-tokenizer, and with special tokens of its
-    own beyond the model's vocabulary."""
+    own beyond the model's vocabulary. By its general class 4.57 makes token_type_ids unless told what a model takes:
+    GPT-NeoX's generate refuses them, and GPT-2 adds their embedding, that of token 0, at each position."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eot_text,
         "eos_token": eot_text,
         "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
 

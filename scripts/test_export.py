@@ -75,7 +75,8 @@ def test_the_runs_own_tokenizer_goes_along(made, tmp_path):
         files = exported(tmp_path / "hf")
         assert files["tokenizer_config"] == {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-            "model_max_length": 64, "clean_up_tokenization_spaces": False}
+            "model_max_length": 64, "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False}
         assert files["generation_config"] == {"bos_token_id": 256, "eos_token_id": 256}
         assert (files["config"]["bos_token_id"], files["config"]["eos_token_id"]) == (256, 256)
 

@@ -91,7 +91,8 @@ def exports(tmp_path_factory):
     """{case: a run's export}, by the tokenizer that the run recorded."""
     folder = tmp_path_factory.mktemp("exports")
     (folder / "text.txt").write_text("\n".join(TEXTS) * 400)
-    run(PYTHON, "data/prepare.py", folder / "text.txt", "--out", folder / "first", "--train-tokenizer", 400)
+    run(PYTHON, "data/prepare.py", folder / "text.txt", "--out", folder / "first", "--val-fraction", 0,
+        "--train-tokenizer", 400)
     for name, (family, change, eot) in CASES.items():
         place = folder / name
         place.mkdir()
@@ -101,7 +102,8 @@ def exports(tmp_path_factory):
             if change:
                 edited(place / "tokenizer.json", change)
             kind = ["--tokenizer", place / "tokenizer.json", *(["--eot-token", eot] if eot else [])]
-        run(PYTHON, "data/prepare.py", folder / "text.txt", "--out", place / "tokens", *kind)
+        run(PYTHON, "data/prepare.py", folder / "text.txt", "--out", place / "tokens", "--val-fraction", 0,
+            *kind)
         run(TRAINER[family], "--model", "2,64,2", "--tokenizer", place / "tokens/tokenizer.bin", "--context", 128, "--train",
             place / "tokens/train_*.bin", "--steps", 20, "--lr", 1e-2, "--warmup", 0, "--val-every", 0, "--sample-every",
             0, "--threads", 1, "--out", place / "run")
