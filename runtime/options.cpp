@@ -147,7 +147,7 @@ std::string one_line(std::string text) {
     return text;
 }
 
-Layer read_command_line(int argc, char** argv, const Family& family, const std::vector<OptionRow>& table) {
+Layer read_command_line(int argc, char** argv, const std::vector<OptionRow>& table) {
     CLI::App app;
     Layer layer;
     bool help = false;
@@ -397,7 +397,7 @@ static bool knows_its_shards(const std::string& out) {
 
 Options parse_options(int argc, char** argv, const Family& family) {
     const std::vector<OptionRow> table = option_table(family);
-    Layer given = read_command_line(argc, argv, family, table);
+    Layer given = read_command_line(argc, argv, table);
     if (given.count("help")) {
         fputs(options_help(family).c_str(), stdout);
         Options nothing;

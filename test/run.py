@@ -275,6 +275,8 @@ def plan(tally, parts, long, assembled):
     for name in ("cpu", "cpu-bf16"):
         if name in parts:
             jobs += [doctest(name, name, test, long, alone) for test in kernels + others if test not in DEVICE_ONLY]
+    if "cpu-bf16" in parts:  # as on a CPU for which oneDNN has no bf16 products
+        jobs.append(doctest("cpu-bf16", "cpu-bf16", "matmul", long, alone, DNNL_MAX_CPU_ISA="AVX2"))
     if "cuda" in parts:
         if assemble.find_nvcc() and not run(["nvidia-smi", "-L"]).returncode:
             for name in ("cuda", "cuda-fp32"):
