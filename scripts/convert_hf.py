@@ -330,6 +330,8 @@ def export(args, path: str, header: Header, handle: int, stack: contextlib.ExitS
         eot = tokenizer.eot
     else:
         tokenizer, eot = hf_export.tokenizer_of(run, args.eot_token, warn)
+    if tokenizer:
+        hf_export.check_tokenizer(run, tokenizer.name, tokenizer.tokens)
     if tokenizer and tokenizer.size > header.V:
         raise InputError(f"{tokenizer.name}: has {tokenizer.size:,} tokens, more than the model's {header.V:,}")
     if eot is None:

@@ -15,7 +15,8 @@ except ImportError:  # Python 3.10
 
 from weights_file import InputError
 
-import vocabulary  # of data/, which weights_file puts on the path
+import dataset  # of data/, which weights_file puts on the path
+import vocabulary
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CARD = "README.md"
@@ -31,6 +32,7 @@ class Run(NamedTuple):
     folder: str
     options: dict[str, Any]
     step: Optional[int]  # the checkpoint's
+    tokenizer: dict[str, Any] = {}  # its number of tokens, end of text and hash, if the checkpoint knows its shards'
 
 
 def read_object(path: str, load: Callable[[Any], Any]) -> dict[str, Any]:
@@ -49,9 +51,11 @@ def run_of(weights: str) -> Run:
     folder = os.path.dirname(checkpoint)
     if not manifest:
         return Run("", {}, None)
-    step = manifest.get("step")
+    step, known = manifest.get("step"), manifest
+    for key in ("meta", "loader", "tokenizer"):
+        known = known.get(key) if isinstance(known, dict) else None
     return Run(folder, read_object(os.path.join(folder, "options.toml"), tomllib.load),
-               step if isinstance(step, int) else None)
+               step if isinstance(step, int) else None, known if isinstance(known, dict) else {})
 
 
 def found(run: Run, pattern: Any) -> Optional[str]:
@@ -83,6 +87,13 @@ def datasets(run: Run) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
+def check_tokenizer(run: Run, name: str, tokens: list[bytes]):
+    """Refuses a tokenizer that is not the one whose tokens the run was trained on."""
+    if run.tokenizer.get("hash") not in (None, dataset.tokenizer_hash(tokens)):
+        raise InputError(f"{name}: is not the tokenizer of the tokens that {run.folder} was trained on; name that one's "
+                         "tokenizer.json with --tokenizer")
+
+
 def tokenizer_of(run: Run, eot_text: Optional[str], warn: Callable[[str], None]
                  ) -> tuple[Optional[vocabulary.Vocabulary], Optional[int]]:
     """The run's own tokenizer, else that of its shards, and its end of text, which a binary without its tokenizer.json
@@ -95,7 +106,8 @@ def tokenizer_of(run: Run, eot_text: Optional[str], warn: Callable[[str], None]
         beside = [os.path.join(folder, "tokenizer.bin") for folder, _ in datasets(run)]
         binary = next(filter(os.path.isfile, beside), None)
     if not binary:
-        return None, None
+        known = run.tokenizer.get("end_of_text")
+        return None, known if isinstance(known, int) else None
     tokens, eot = vocabulary.read_binary(binary)
     twin = os.path.splitext(binary)[0] + ".json"
     if not os.path.isfile(twin):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import convert_hf
+import dataset
 import hf_testing as t
 import vocabulary
 import weights_file
@@ -130,6 +131,33 @@ def test_what_is_left_of_a_runs_tokenizer(made, tmp_path, capsys):
     write_checkpoint(folder, 20, weights(V=256))
     assert "257 tokens, more than the model's 256" in refused(capsys, folder, "--back", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_only_the_tokenizer_of_the_runs_own_tokens_goes_along(made, tmp_path, capsys):
+    """Another of as many tokens would export well and read every text as noise."""
+    folder, data, _ = made
+    own = vocabulary.load(str(data / "tokenizer.json"), vocabulary.EOT_TEXT)
+    about = {"tokens": own.size, "end_of_text": own.eot, "hash": dataset.tokenizer_hash(own.tokens)}
+    shutil.rmtree(folder / "step_00000020")
+    write_checkpoint(folder, 20, weights(), ABOUT | {"loader": {"drawn": [40], "tokenizer": about}})
+    other = json.loads((data / "tokenizer.json").read_text())
+    ids = other["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    said = refused(capsys, folder, "--back", tmp_path / "hf", "--tokenizer", tmp_path / "other.json")
+    assert "other.json: is not the tokenizer of the tokens" in said
+    assert run(folder, "--back", tmp_path / "own", "--tokenizer", data / "tokenizer.json") == 0
+    # Another at the place that the run names.
+    kept = tmp_path / "kept"
+    shutil.copytree(data, kept)
+    shutil.copy(tmp_path / "other.json", data / "tokenizer.json")
+    (data / "tokenizer.bin").write_bytes(vocabulary.load(str(data / "tokenizer.json"), vocabulary.EOT_TEXT).binary())
+    assert "is not the tokenizer of the tokens" in refused(capsys, folder, "--back", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    # None there: the end of text is still known.
+    shutil.rmtree(data)
+    assert run(folder, "--back", tmp_path / "without") == 0
+    assert json.loads((tmp_path / "without/config.json").read_text())["eos_token_id"] == own.eot
 
 
 def test_the_model_card(made, tmp_path, monkeypatch):
