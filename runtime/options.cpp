@@ -509,7 +509,7 @@ std::string options_help(const Family& family) {
     text +=
         "\nExit codes: 0 done; 1 the run failed; 2 bad options or input; 3 more memory than there is; 4 stopped by a\n"
         "signal or --max-hours with a checkpoint to resume from. The signals are INT (Ctrl-C), TERM, HUP, USR1,\n"
-        "USR2 and XCPU; INT, TERM, USR1 or USR2 again, more than a second later, ends the run at once, without.\n"
+        "USR2 and XCPU; INT, TERM, USR1 or USR2 again, more than a second later, ends the run at once, unsaved.\n"
         "\nExamples:\n"
         "  " +
         p +

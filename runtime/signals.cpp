@@ -40,7 +40,7 @@ void announce(int number) {
     char line[200];
     int size = snprintf(line, sizeof line,
                         "%s%s: stopping after this micro-batch and saving a checkpoint; a second signal ends the run "
-                        "at once, without\n",
+                        "at once, without saving\n",
                         isatty(STDERR_FILENO) ? "\r\x1b[K" : "", strsignal(number));
     // A reader that has gone to sleep must not keep the next signal waiting.
     pollfd ready = {STDERR_FILENO, POLLOUT, 0};

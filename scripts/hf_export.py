@@ -23,7 +23,7 @@ CARD = "README.md"
 MARK = re.compile(r"<!-- convert_hf\.py wrote this: ([0-9a-f]{8}) -->\n\Z")
 # What the machine and its user need and no reader of the card does.
 NOT_ON_CARD = {"out", "resume", "threads", "memory", "host-memory", "max-hours", "keep", "save-every", "sample-every",
-               "sample-tokens", "temperature", "top-k", "prompt-tokens"}
+               "sample-tokens", "temperature", "top-k", "prompt-tokens", "vocab"}
 
 
 class Run(NamedTuple):
@@ -192,7 +192,7 @@ def card(title: str, about: str, run: Run) -> str:
         lines += [f"- Loss: {loss}" for loss in losses(run)]
         lines += ["", "The options of the trainer:", "", "```toml"]
         lines += [f"{key} = {toml(shown(value))}" for key, value in run.options.items()
-                  if key not in NOT_ON_CARD and value not in ("", [])]
+                  if key not in NOT_ON_CARD and value not in ("", [], -1)]  # -1: left open
         lines += ["```"]
     body = "\n".join(lines) + "\n\n"
     return f"{body}<!-- convert_hf.py wrote this: {zlib.crc32(body.encode()):08x} -->\n"
