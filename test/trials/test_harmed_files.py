@@ -11,8 +11,8 @@ import struct
 
 import pytest
 
-from runs import ROOT
-from trials import PROGRAMS, Trial, changed, covered, hold, precisions, snapshot, whole_checkpoints
+from runs import BUILDS, ROOT
+from trials import PROGRAMS, Trial, changed, covered, hold, snapshot, whole_checkpoints
 
 PYTHON = ROOT / ".venv/bin/python"
 NEWEST = "run/step_00000004"
@@ -85,7 +85,7 @@ def grounds(tmp_path_factory):
     trial.run([*tool("prepare.py"), "text.txt", "--out", "prepared", "--train-tokenizer", 300, "--min-tokens", 64,
                "--val-fraction", "0.2", "--workers", 1], "prepare.py", codes={0})
     for program in PROGRAMS:
-        for precision in precisions():
+        for precision in BUILDS:
             folder = tmp_path_factory.mktemp("ground") / "all"
             shutil.copytree(first, folder)
             trial = Trial(0, folder)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trials import (CODES, HANG, PROGRAMS, VOCAB, Trial, changed, covered, hold, is_finite, is_number, precisions,
+from runs import BUILDS
+from trials import (CODES, HANG, PROGRAMS, VOCAB, Trial, changed, covered, hold, is_finite, is_number,
                     snapshot, whole_checkpoints, write_data)
 
 LONG_ENOUGH = 3  # seconds of a processor, after which a run that was asked to be endless is asked to stop
@@ -93,7 +94,7 @@ def runs(tmp_path_factory):
     """A folder for each program and precision that holds a run of four steps."""
     made = {}
     for program in PROGRAMS:
-        for precision in precisions():
+        for precision in BUILDS:
             folder = tmp_path_factory.mktemp(f"{program}_{precision}")
             write_ground(folder)
             trial = Trial(0, folder)

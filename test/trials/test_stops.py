@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from runs import TIMING
-from trials import (ENVIRONMENT, HANG, PROGRAMS, VOCAB, Trial, covered, hold, json_lines, precisions,
+from runs import BUILDS, TIMING
+from trials import (ENVIRONMENT, HANG, PROGRAMS, VOCAB, Trial, covered, hold, json_lines,
                     whole_checkpoints, write_data)
 
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
@@ -26,7 +26,7 @@ libc = ctypes.CDLL(None)
 
 def configuration(rng):
     """A run of a fraction of a second: its program, its precision, its options."""
-    program, precision = rng.choice(PROGRAMS), rng.choice(precisions())
+    program, precision = rng.choice(PROGRAMS), rng.choice(list(BUILDS))
     context, batch = rng.choice([16, 32]), rng.choice([1, 2])
     steps = rng.randrange(12, 60)
     o = {

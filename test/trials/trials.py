@@ -149,13 +149,6 @@ def write_data(folder):
 
 
 @functools.cache
-def precisions():
-    """Those that this machine can compute in: oneDNN has no bf16 for CPUs without AVX-512."""
-    plan = ["--plan", "--model", "1,32,1", "--context", "16"]
-    return [name for name, build in BUILDS.items()
-            if subprocess.run([build / PROGRAMS[0], *plan], capture_output=True, env=ENVIRONMENT).returncode == 0]
-
-
 def snapshot(folder):
     """Every file and link below a folder by its name and bytes; but for locks, which only say who is at work."""
     found = {}
