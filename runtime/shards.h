@@ -81,6 +81,7 @@ public:
     // or weights, or with counts that no run can have reached; one without sources, as earlier programs wrote, is
     // judged by its numbers.
     nlohmann::json state() const;
+    const std::vector<int64_t>& drawn() const { return drawn_; } // all of state() that next() changes
     void restore(const nlohmann::json& state);
 
 private:

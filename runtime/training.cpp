@@ -261,7 +261,7 @@ void Run::one_step() {
     double lr = learning_rate(schedule(), step_);
     std::string skip = reason_to_skip(loss, norm, z);
     step_++;
-    data_ = loader_->state();
+    data_["drawn"] = loader_->drawn(); // the rest lists all shards
     validated_ = sampled_ = false;
     if (skip.empty()) {
         updates_++;
