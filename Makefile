@@ -12,16 +12,17 @@ VENV = .venv
 PYTHON = $(VENV)/bin/python
 
 # Tests spend most of their time compiling; what they check are the kernels' objects at -O3. doctest's fast asserts are
-# calls of functions in place of code at each CHECK. Tests that compute little take -O1; the others have an oracle and
+# calls of functions in place of code at each CHECK. Tests that compute little take -O1 (under sanitizers, which take
+# longer to compile than to run, -O0); the others have an oracle and
 # their common headers precompiled, with the flags that they have themselves.
 TEST_FLAGS = -O2 $(FAST_ASSERTS)
 FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
 	tokenizer
-TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),-O1,-include $(@D)/precompiled.h)
+TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(if $(findstring asan,$@),-O0,-O1),-include $(@D)/precompiled.h)
 # Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run.
 COLD = checkpoint evaluation log loop option_table options outliers plan_report toml training
-COLD_FLAGS = $(if $(filter $(COLD),$(*F)),-O1)
+COLD_FLAGS = $(if $(filter $(COLD),$(*F)),$(if $(findstring asan,$@),-O0,-O1))
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native
@@ -70,7 +71,7 @@ build/$(1)/%.o: kernels/%.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) $$(COLD_FLAGS) -c $$< -o $$@
 build/$(1)/test/%.h.gch: test/%.h Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -x c++-header $$< -o $$@
@@ -145,7 +146,7 @@ build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o build/$(1)/test/simt_traffic.o \
-		build/$(1)/test/simt_bytes.o: build/$(1)/test/%.o: test/%.cpp Makefile
+		build/$(1)/test/simt_bytes.o build/$(1)/test/simt_races.o: build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.h.gch: test/%.h Makefile

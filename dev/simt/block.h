@@ -7,8 +7,7 @@
 #include <string>
 #include <vector>
 
-#include <boost/context/detail/fcontext.hpp>
-
+#include "fiber.h"
 #include "include/vector_types.h"
 #include "simt.h"
 #include "traffic.h"
@@ -30,18 +29,6 @@ using Stamp = uint32_t; // thread << 22 | time; 0: nobody
 constexpr int kTimeBits = 22;
 constexpr uint32_t kTimeMask = (1u << kTimeBits) - 1;
 
-// What is remembered of one word of shared memory, or of one byte where accesses are smaller than a word.
-struct Cell {
-    uint32_t tag = 0; // generation (the block it speaks of) << 3 | flags
-    Stamp write = 0;
-    Stamp read[2] = {};                     // the latest, and the latest of another warp or else thread
-    uint32_t write_at = 0, read_at[2] = {}; // code, relative to the program's start
-    uint32_t unused = 0;
-};
-constexpr uint32_t kAtomic = 1;  // the write was atomic
-constexpr uint32_t kPending = 2; // the write is a cp.async that nobody has waited for
-constexpr uint32_t kSplit = 4;   // look at the four byte cells instead
-
 enum class State : uint8_t { ready, at_barrier, in_warp, done };
 
 struct AsyncCopy {
@@ -52,7 +39,7 @@ struct AsyncCopy {
 };
 
 struct Thread {
-    boost::context::detail::fcontext_t context = nullptr;
+    Context context = nullptr;
     uint32_t linear = 0, warp = 0, lane = 0;
     uint3 index{};
     State state = State::done;
@@ -120,15 +107,16 @@ struct Worker {
     Thread* current = nullptr;
     uint32_t generation = 0;
     bool running = false;
-    bool inside = false;              // the simulator's own code is at work: hooks let its accesses pass
-    std::unique_ptr<Counter> counter; // null unless traffic is counted
-    Cell *words = nullptr, *bytes = nullptr;
+    bool inside = false;                             // the simulator's own code is at work: hooks let its accesses pass
+    std::unique_ptr<Counter> counter;                // null unless traffic is counted
+    struct Cells *words = nullptr, *bytes = nullptr; // cells.h
+    struct Places *word_places = nullptr, *byte_places = nullptr;
 
     const Grid* grid = nullptr;
     uint3 block{};
     uint32_t thread_count = 0, warp_count = 0, done_count = 0;
     uint64_t random = 0;
-    boost::context::detail::fcontext_t scheduler = nullptr;
+    Context scheduler = nullptr;
     std::vector<uint16_t> ready;
     std::vector<Thread> threads;
     std::vector<Warp> warps;

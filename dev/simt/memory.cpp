@@ -1,35 +1,15 @@
 // What is watched of every access: that it lies in memory that exists, is aligned, reads what was written, and is
 // ordered with those of other threads. Also what moves data in ways of its own: cp.async and atomics.
-//
-// Order is FastTrack's idea (Flanagan & Freund 2009) with a warp in the place of a thread: an access is stamped with
-// its warp's time, and a barrier tells each warp up to which time of every other it now is behind.
 #include <cstring>
 #include <type_traits>
 
 #include "block.h"
+#include "cells.h"
 #include "language.h"
 #undef memcpy
 #undef memset
 
 namespace simt {
-
-static uint32_t stamp_thread(Stamp s) { return s >> kTimeBits; }
-
-static Stamp stamp_now(const Worker& worker) {
-    const Thread& me = *worker.current;
-    return me.linear << kTimeBits | worker.warps[me.warp].time;
-}
-
-// Whether the stamped access lies before everything that the current thread does from now on.
-static bool is_before(const Worker& worker, Stamp s) {
-    const Thread& me = *worker.current;
-    uint32_t thread = stamp_thread(s), time = s & kTimeMask;
-    if (thread == me.linear) return true;
-    const Warp& mine = worker.warps[me.warp];
-    uint32_t warp = thread / kLanes;
-    if (warp != me.warp) return time <= mine.known[warp];
-    return time <= mine.floor || (mine.partial && time <= mine.known_lanes[me.lane][thread % kLanes]);
-}
 
 [[noreturn]] static void raise_race(Worker& worker, const char* mine, const char* theirs, Stamp other,
                                     uint32_t other_at, uint32_t offset, const void* at) {
@@ -39,84 +19,72 @@ static bool is_before(const Worker& worker, Stamp s) {
                       offset, theirs, who.x, who.y, who.z, place_text(code_at(other_at)).c_str()));
 }
 
-static void remember_read(Cell& cell, Stamp now, uint32_t at) {
-    uint32_t me = stamp_thread(now);
-    // The second place keeps a reader that the first cannot speak for: of another warp if there is one.
-    if (cell.read[0] && stamp_thread(cell.read[0]) != me) {
-        uint32_t first = stamp_thread(cell.read[0]), second = stamp_thread(cell.read[1]);
-        bool second_is_far = cell.read[1] && second / kLanes != me / kLanes;
-        bool first_is_far = first / kLanes != me / kLanes;
-        if (first_is_far || !second_is_far) cell.read[1] = cell.read[0], cell.read_at[1] = cell.read_at[0];
-    }
-    cell.read[0] = now;
-    cell.read_at[0] = at;
-}
-
-static void touch(Worker& worker, Cell& cell, Access access, Stamp now, uint32_t offset, const void* at) {
-    if (cell.tag >> 3 != worker.generation) {
-        cell = {};
-        cell.tag = worker.generation << 3;
-    }
-    if (cell.tag & kPending) {
+// One cell by itself; says what is wrong.
+static void touch_one(Worker& worker, Cells& cells, Places& places, int i, Access access, Stamp now, uint32_t offset,
+                      const void* at) {
+    if (cells.tag[i] & kPending) {
         if (access == Access::read)
             worker.raise(
                 FaultKind::unwritten_read, at,
                 text("byte %u of shared memory is on its way by the cp.async at %s, which has not been waited for",
-                     offset, place_text(code_at(cell.write_at)).c_str()));
-        raise_race(worker, "write", "where a cp.async is under way", cell.write, cell.write_at, offset, at);
+                     offset, place_text(code_at(places.write[i])).c_str()));
+        raise_race(worker, "write", "where a cp.async is under way", cells.write[i], places.write[i], offset, at);
     }
     bool writes = access != Access::read;
-    if (cell.write && !(access == Access::atomic && (cell.tag & kAtomic)) && !is_before(worker, cell.write))
-        raise_race(worker, writes ? "write" : "read", "written", cell.write, cell.write_at, offset, at);
-    if (access != Access::write && !cell.write)
+    bool both_atomic = access == Access::atomic && (cells.tag[i] & kAtomic);
+    if (cells.write[i] && !both_atomic && !is_before(worker, cells.write[i]))
+        raise_race(worker, writes ? "write" : "read", "written", cells.write[i], places.write[i], offset, at);
+    if (access != Access::write && !cells.write[i])
         worker.raise(FaultKind::unwritten_read, at, text("nobody has written byte %u of shared memory", offset));
+    Four lane{};
+    lane[i] = ~0u;
     if (!writes) {
-        remember_read(cell, now, code_offset(at));
+        remember_read(worker, cells, places, lane, now, code_offset(at));
         return;
     }
-    for (int i = 0; i < 2; i++)
-        if (cell.read[i] && !is_before(worker, cell.read[i]))
-            raise_race(worker, "write", "read", cell.read[i], cell.read_at[i], offset, at);
-    cell.read[0] = cell.read[1] = 0;
-    cell.write = now;
-    cell.write_at = code_offset(at);
-    cell.tag = worker.generation << 3 | (access == Access::atomic ? kAtomic : 0);
+    for (int r = 0; r < 2; r++)
+        if (cells.read[r][i] && !is_before(worker, cells.read[r][i]))
+            raise_race(worker, "write", "read", cells.read[r][i], places.read[r][i], offset, at);
+    remember_write(cells, places, lane, now, code_offset(at));
+    cells.tag[i] = worker.generation << 3 | (access == Access::atomic ? kAtomic : 0);
 }
 
-// act(cell, offset) for the cells of these bytes: words where accesses are whole words, else bytes.
-template <class Act> static void for_cells(Worker& worker, uint32_t offset, uint32_t bytes, Act act) {
-    uint32_t end = offset + bytes;
-    for (uint32_t word = offset / 4; word * 4 < end; word++) {
-        Cell& cell = worker.words[word];
-        bool current = cell.tag >> 3 == worker.generation;
-        bool whole = offset <= word * 4 && word * 4 + 4 <= end;
-        if (whole && !(current && (cell.tag & kSplit))) {
-            act(cell, word * 4);
-            continue;
-        }
-        Cell* parts = worker.bytes + word * 4;
-        if (!(current && (cell.tag & kSplit))) {
-            for (int i = 0; i < 4; i++) {
-                parts[i] = current ? cell : Cell{};
-                if (!current) parts[i].tag = worker.generation << 3;
-            }
-            cell.tag = worker.generation << 3 | kSplit;
-        }
-        uint32_t first = offset > word * 4 ? offset - word * 4 : 0, last = end < word * 4 + 4 ? end - word * 4 : 4;
-        for (uint32_t i = first; i < last; i++) act(parts[i], word * 4 + i);
+// bytes: of each cell.
+static inline void touch(Worker& worker, Cells& cells, Places& places, Four lanes, Access access, Stamp now,
+                         uint32_t offset, uint32_t bytes, const void* at) {
+    renew(worker, cells, lanes);
+    bool flagged = any((cells.tag ^ (worker.generation << 3)) & lanes);
+    if (!flagged && access == Access::read && !any(lanes & (cells.write == 0)) &&
+        are_before(worker, cells.write & lanes)) {
+        remember_read(worker, cells, places, lanes, now, code_offset(at));
+        return;
     }
+    if (!flagged && access == Access::write && are_before(worker, cells.write & lanes) &&
+        are_before(worker, cells.read[0] & lanes) && are_before(worker, cells.read[1] & lanes)) {
+        remember_write(cells, places, lanes, now, code_offset(at));
+        return;
+    }
+    for (int i = 0; i < 4; i++)
+        if (lanes[i]) touch_one(worker, cells, places, i, access, now, offset + i * bytes, at);
 }
 
-static void check_shared(Worker& worker, uintptr_t address, size_t bytes, Access access, const void* at) {
+[[gnu::noinline]] static void touch_all(Worker& worker, uint32_t offset, uint32_t bytes, Access access,
+                                        const void* at) {
+    Stamp now = stamp_now(worker);
+    for_cells(worker, offset, bytes, [&](Cells& cells, Places& places, Four lanes, uint32_t first, uint32_t each) {
+        touch(worker, cells, places, lanes, access, now, first, each, at);
+    });
+}
+
+static inline void check_shared(Worker& worker, uintptr_t address, size_t bytes, Access access, const void* at) {
     size_t size = worker.grid->shared_bytes;
     uint32_t offset = static_cast<uint32_t>(address - worker.shared);
     if (address < worker.shared || address - worker.shared + bytes > size)
         worker.raise(FaultKind::out_of_bounds, at,
                      text("%zu bytes at offset %lld of %zu bytes of shared memory", bytes,
                           static_cast<long long>(address) - static_cast<long long>(worker.shared), size));
-    Stamp now = stamp_now(worker);
-    for_cells(worker, offset, static_cast<uint32_t>(bytes),
-              [&](Cell& cell, uint32_t byte) { touch(worker, cell, access, now, byte, at); });
+    if (!touch_alike(worker, offset, static_cast<uint32_t>(bytes), access, code_offset(at)))
+        touch_all(worker, offset, static_cast<uint32_t>(bytes), access, at);
 }
 
 // Data of the program itself: constants and __constant__ tables.
@@ -268,7 +236,8 @@ void cp_async(uint32_t shared, const void* global, int bytes, int from) {
     // As a write of this moment it must not race with what others read before ...
     check_shared(worker, worker.shared + static_cast<int32_t>(offset), size, Access::write, at);
     // ... and until its wait nobody may touch it.
-    for_cells(worker, offset, size, [](Cell& cell, uint32_t) { cell.tag |= kPending; });
+    for_cells(worker, offset, size,
+              [](Cells& cells, Places&, Four lanes, uint32_t, uint32_t) { cells.tag |= lanes & kPending; });
     memset(reinterpret_cast<void*>(worker.shared + offset), 0xff, size);
     me.copies.push_back({offset, size, static_cast<uint32_t>(from), global, me.groups, at});
 }
@@ -290,10 +259,10 @@ void cp_async_wait(int groups_left) {
         char* to = reinterpret_cast<char*>(worker.shared + copy.offset);
         if (copy.from) memcpy(to, copy.source, copy.from);
         memset(to + copy.from, 0, copy.bytes - copy.from);
-        for_cells(worker, copy.offset, copy.bytes, [&](Cell& cell, uint32_t) {
-            cell.tag = worker.generation << 3;
-            cell.write = now;
-            cell.write_at = code_offset(copy.at);
+        for_cells(worker, copy.offset, copy.bytes, [&](Cells& cells, Places& places, Four lanes, uint32_t, uint32_t) {
+            cells.tag = select(lanes, splat(worker.generation << 3), cells.tag);
+            cells.write = select(lanes, splat(now), cells.write);
+            places.write = select(lanes, splat(code_offset(copy.at)), places.write);
         });
     }
     me.copies.resize(kept);

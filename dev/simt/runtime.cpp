@@ -1,6 +1,7 @@
 // The CUDA runtime's calls: memory comes from heap.cpp; streams and events are in streams.cpp, graphs in graph.cpp.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include <sys/mman.h>
 

@@ -17,16 +17,12 @@
 #include <unistd.h>
 
 #include "block.h"
+#include "cells.h"
 #include "graph.h"
 #include "include/cuda_runtime.h"
 #include "signals.h"
 
 namespace simt {
-
-using boost::context::detail::fcontext_t;
-using boost::context::detail::jump_fcontext;
-using boost::context::detail::make_fcontext;
-using boost::context::detail::transfer_t;
 
 constinit thread_local Worker* running_worker = nullptr;
 
@@ -65,8 +61,10 @@ Worker::Worker() : threads(kMaxThreads), warps(kMaxWarps) {
     shared = arena + kRedZoneBytes;
     mprotect(reinterpret_cast<void*>(arena), kRedZoneBytes, PROT_NONE);
     mprotect(reinterpret_cast<void*>(shared + kSharedBytes), kRedZoneBytes, PROT_NONE);
-    words = static_cast<Cell*>(reserve(kSharedBytes / 4 * sizeof(Cell)));
-    bytes = static_cast<Cell*>(reserve(kSharedBytes * sizeof(Cell)));
+    words = static_cast<Cells*>(reserve(kSharedBytes / 16 * sizeof(Cells)));
+    bytes = static_cast<Cells*>(reserve(kSharedBytes / 4 * sizeof(Cells)));
+    word_places = static_cast<Places*>(reserve(kSharedBytes / 16 * sizeof(Places)));
+    byte_places = static_cast<Places*>(reserve(kSharedBytes / 4 * sizeof(Places)));
     ready.reserve(kMaxThreads);
     for (int i = 0; i < kMaxThreads; i++) {
         threads[i].linear = i;
@@ -78,18 +76,14 @@ Worker::Worker() : threads(kMaxThreads), warps(kMaxWarps) {
 Worker::~Worker() {
     munmap(reinterpret_cast<void*>(stacks), stacks_bytes);
     munmap(reinterpret_cast<void*>(arena), arena_bytes);
-    munmap(words, kSharedBytes / 4 * sizeof(Cell));
-    munmap(bytes, kSharedBytes * sizeof(Cell));
+    munmap(words, kSharedBytes / 16 * sizeof(Cells));
+    munmap(bytes, kSharedBytes / 4 * sizeof(Cells));
+    munmap(word_places, kSharedBytes / 16 * sizeof(Places));
+    munmap(byte_places, kSharedBytes / 4 * sizeof(Places));
 }
 
 // ---- Turns ----
-static void jump(fcontext_t* from, fcontext_t to) {
-    transfer_t came = jump_fcontext(to, from);
-    *static_cast<fcontext_t*>(came.data) = came.fctx;
-}
-
-static void run_fiber(transfer_t came) {
-    *static_cast<fcontext_t*>(came.data) = came.fctx;
+static void run_fiber() {
     Worker& worker = *running_worker;
     worker.inside = false;
     worker.grid->entry(worker.grid->parameters);
@@ -105,7 +99,7 @@ void Worker::make_ready(Thread& thread) {
 void Worker::pick_next() {
     Thread* self = current;
     if (ready.empty()) {
-        jump(&self->context, scheduler);
+        switch_context(&self->context, scheduler);
         return;
     }
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -114,7 +108,7 @@ void Worker::pick_next() {
     ready[chosen] = ready.back();
     ready.pop_back();
     current = &next;
-    if (&next != self) jump(&self->context, next.context);
+    if (&next != self) switch_context(&self->context, next.context);
 }
 
 void Worker::note(FaultKind kind, const Thread& thread, const void* at, std::string what) {
@@ -124,7 +118,7 @@ void Worker::note(FaultKind kind, const Thread& thread, const void* at, std::str
 
 void Worker::raise(FaultKind kind, const void* at, std::string what) {
     note(kind, *current, at, std::move(what));
-    jump(&current->context, scheduler);
+    switch_context(&current->context, scheduler);
     __builtin_unreachable();
 }
 
@@ -193,8 +187,8 @@ void Worker::run_block(const Grid& g, uint64_t linear) {
     ready.clear();
     barriers = {};
     if (++generation == 1u << 29) {
-        memset(static_cast<void*>(words), 0, kSharedBytes / 4 * sizeof(Cell));
-        memset(static_cast<void*>(bytes), 0, kSharedBytes * sizeof(Cell));
+        memset(static_cast<void*>(words), 0, kSharedBytes / 16 * sizeof(Cells));
+        memset(static_cast<void*>(bytes), 0, kSharedBytes / 4 * sizeof(Cells));
         generation = 1;
     }
     // All ones: a NaN in fp32 and bf16 alike.
@@ -216,7 +210,7 @@ void Worker::run_block(const Grid& g, uint64_t linear) {
         t.copies.clear();
         // Tops are staggered, else all stacks would share a few cache sets.
         uintptr_t top = stacks + (i + 1) * kStackBytes - i * 272 % 4096 / 16 * 16;
-        t.context = make_fcontext(reinterpret_cast<void*>(top), kStackBytes - kGuardBytes - 4096, run_fiber);
+        t.context = make_context(reinterpret_cast<void*>(top), kStackBytes - kGuardBytes - 4096, run_fiber);
         make_ready(t);
     }
     std::swap(ready.back(), ready[random % ready.size()]);
@@ -224,7 +218,7 @@ void Worker::run_block(const Grid& g, uint64_t linear) {
     running = inside = true;
     current = &threads[ready.back()];
     ready.pop_back();
-    jump(&scheduler, current->context);
+    switch_context(&scheduler, current->context);
     running = false;
     if (counter) counter->finish_block();
     if (!report.raised && done_count != thread_count) explain_stuck();
