@@ -12,9 +12,9 @@ VENV = .venv
 PYTHON = $(VENV)/bin/python
 
 # Tests spend most of their time compiling; what they check are the kernels' objects at -O3. doctest's fast asserts are
-# calls of functions in place of code at each CHECK. Tests that compute little take -O1 (under sanitizers, which take
-# longer to compile than to run, -O0); the others have an oracle and
-# their common headers precompiled, with the flags that they have themselves.
+# calls of functions in place of code at each CHECK. Tests that compute little take -O1 (under sanitizers, where the
+# compiler takes longer than the test, -O0); the others have an oracle and their common headers precompiled, with the
+# flags that they have themselves.
 TEST_FLAGS = -O2 $(FAST_ASSERTS)
 FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
