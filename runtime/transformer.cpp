@@ -28,7 +28,8 @@ ModelSizes read_sizes(const FileReader& file, int32_t magic, const char* family,
     header = read_header(file);
     auto refuse = [&](const std::string& what) { throw BadInput(file.path() + ": " + what); };
     if (header[0] != magic)
-        refuse(std::string("not a ") + family + " weights file (magic " + std::to_string(header[0]) + ")");
+        refuse(std::string("not a ") + family + " weights file (magic " + std::to_string(header[0]) +
+               "); scripts/convert_hf.py makes one of a HuggingFace model");
     ModelSizes s{header[2], header[3], header[7], header[4], header[5], header[6]};
     for (int64_t size : {s.maxT, s.V, s.Vp, s.L, s.H, s.C})
         if (size < 1) refuse("a size of " + std::to_string(size) + " in its header");

@@ -168,6 +168,7 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path):
     good = tmp_path / "good.bin"
     weights_file(good, V=VOCAB)
     (tmp_path / "gpt2.bin").write_bytes(struct.pack("<i", 20240326) + good.read_bytes()[4:])
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2000) + b"{" + b" " * 3999)
     torn = tmp_path / "torn.bin"
     torn.write_bytes(good.read_bytes()[:-2])
 
@@ -177,6 +178,7 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path):
 
     cases = [
         ({"init": tmp_path / "gpt2.bin"}, "not a Pythia weights file (magic 20240326)"),
+        ({"init": tmp_path / "model.safetensors"}, "scripts/convert_hf.py makes one of a HuggingFace model"),
         ({"init": torn}, "the file is torn or not of this model"),
         (lambda: harmed(version=4), "version 4; 3 (fp32), 5 (bf16) and 6 (fp16) are read"),
         (lambda: harmed(at8=7), "7 rotated dimensions of a head of 32"),
