@@ -17,7 +17,7 @@ constexpr int kThreads = 96, kWarp = 32, kLanesUsed = 3, kUnits = 6, kBytes = kU
 
 struct Op {
     bool write;
-    uint8_t offset, bytes; // bytes: 0, 1, 2, 4, 8 or 16
+    uint8_t offset, bytes; // bytes: 0, 1, 2, 4, 8, 12 or 16
 };
 
 // kOps accesses of each thread with turns between, then a barrier of the block or of each warp; that kPhases times.
@@ -45,6 +45,13 @@ __device__ static void touch_vector(char* p, bool write, uint32_t* seen) {
         *seen += static_cast<uint32_t>(load128_shared(at)[0]);
 }
 
+// At any multiple of 4 bytes.
+__device__ static void touch_three(char* p, bool write, uint32_t* seen) {
+    uint32_t words[3] = {};
+    memcpy(write ? p : reinterpret_cast<char*>(words), write ? reinterpret_cast<char*>(words) : p, sizeof words);
+    *seen += words[2];
+}
+
 __global__ void run_program(const Program* program, uint32_t* out) {
     char* shared = reinterpret_cast<char*>(dynamic_shared());
     uint32_t seen = 0;
@@ -58,6 +65,7 @@ __global__ void run_program(const Program* program, uint32_t* out) {
             if (op.bytes == 2) touch<uint16_t>(p, op.write, &seen);
             if (op.bytes == 4) touch<uint32_t>(p, op.write, &seen);
             if (op.bytes == 8) touch<uint64_t>(p, op.write, &seen);
+            if (op.bytes == 12) touch_three(p, op.write, &seen);
             if (op.bytes == 16) touch_vector(p, op.write, &seen);
             seen += __ballot_sync(kFullWarp, op.write); // others' turn, and nothing ordered
         }
@@ -102,9 +110,11 @@ void draw(Program& program, Random& random) {
             }
         }
     }
-    if (random.below(2))
-        program.ops[random.below(kPhases)][any_thread(random)][random.below(kOps)] =
-            random_op(random, random.below(kUnits), random.below(2));
+    if (random.below(2)) {
+        Op& op = program.ops[random.below(kPhases)][any_thread(random)][random.below(kOps)];
+        op = random_op(random, random.below(kUnits), random.below(2));
+        if (random.below(4) == 0) op = {op.write, static_cast<uint8_t>(random.below(kBytes / 4 - 2) * 4), 12};
+    }
 }
 
 bool overlap(const Op& a, const Op& b) { return a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes; }

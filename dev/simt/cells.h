@@ -106,10 +106,10 @@ inline bool is_warp_before(const Worker& worker, Stamp s) {
     return (s & kTimeMask) <= (warp == worker.current->warp ? mine.floor : mine.known[warp]);
 }
 
-// The commonest case: one, two or four words that one warp wrote and, if this is a write, one read, all in order.
+// The commonest case: words of one row that one warp wrote and, if this is a write, one read, all in order.
 // False: it is not that case, and nothing was done.
 inline bool touch_alike(Worker& worker, uint32_t offset, uint32_t bytes, Access access, uint32_t at) {
-    if (bytes < 4 || bytes > 16 || offset % bytes) return false;
+    if (bytes % 4 || offset % 4 || offset % 16 + bytes > 16) return false;
     uint32_t first = offset / 4 % 4, count = bytes / 4;
     Four lanes = Four{0, 1, 2, 3} - first < count;
     Cells& cells = worker.words[offset / 16];
