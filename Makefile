@@ -16,13 +16,14 @@ PYTHON = $(VENV)/bin/python
 # compiler takes longer than the test, -O0); the others have an oracle and their common headers precompiled, with the
 # flags that they have themselves.
 TEST_FLAGS = -O2 $(FAST_ASSERTS)
+LOW = $(if $(findstring asan,$@),-O0,-O1)
 FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
 	tokenizer
-TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(if $(findstring asan,$@),-O0,-O1),-include $(@D)/precompiled.h)
+TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(LOW),-include $(@D)/precompiled.h)
 # Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run.
 COLD = checkpoint evaluation log loop option_table options outliers plan_report toml training
-COLD_FLAGS = $(if $(filter $(COLD),$(*F)),$(if $(findstring asan,$@),-O0,-O1))
+COLD_FLAGS = $(if $(filter $(COLD),$(*F)),$(LOW))
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native

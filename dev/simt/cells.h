@@ -33,7 +33,9 @@ constexpr uint32_t kAtomic = 1;  // the write was atomic
 constexpr uint32_t kPending = 2; // the write is a cp.async that nobody has waited for
 constexpr uint32_t kSplit = 4;   // look at the cells of the word's bytes instead
 
-constexpr uint32_t kLaneBits = 31u << kTimeBits; // of a stamp: its thread's lane
+// Of a stamp: its thread's lane, and above it the warp.
+constexpr uint32_t kLaneBits = (kLanes - 1u) << kTimeBits;
+constexpr int kWarpShift = kTimeBits + 5;
 
 inline uint32_t stamp_thread(Stamp s) { return s >> kTimeBits; }
 
@@ -63,7 +65,7 @@ inline bool are_before(const Worker& worker, Four stamps) {
 // lies before this one, which then speaks for it.
 inline void remember_read(const Worker& worker, Cells& cells, Places& places, Four lanes, Stamp now, uint32_t at) {
     Four first = cells.read[0], second = cells.read[1];
-    auto of_my_warp = [&](Four stamps) { return (stamps ^ now) >> (kTimeBits + 5) == 0; };
+    auto of_my_warp = [&](Four stamps) { return (stamps ^ now) >> kWarpShift == 0; };
     // To a later write all readers of this warp at this time are alike, but for the writer itself: two speak for all.
     auto alike = [&](Four stamps) { return ((stamps ^ now) & ~kLaneBits) == 0; };
     Four far_second = lanes & (second != 0) & ~of_my_warp(second);
@@ -102,7 +104,7 @@ inline void renew(const Worker& worker, Cells& cells, Four lanes) {
 // By the warps' order alone: whether the accesses of that warp up to this stamp's time lie before.
 inline bool is_warp_before(const Worker& worker, Stamp s) {
     const Warp& mine = worker.warps[worker.current->warp];
-    uint32_t warp = s >> (kTimeBits + 5);
+    uint32_t warp = s >> kWarpShift;
     return (s & kTimeMask) <= (warp == worker.current->warp ? mine.floor : mine.known[warp]);
 }
 
