@@ -36,12 +36,17 @@ LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate 
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
-# What no precision, backend or CUDA header changes is compiled once, into build/common, and linked into every build but
-# cpu-asan; its tests run once. dev/lint.py holds these sources to that.
+# A build's objects are where the least of its flags says: what no precision changes is compiled once, into build/common;
+# what the precision changes but no backend (the rest of runtime/, the trainers, nearly all tests) into build/fp32 and
+# build/bf16; kernels, *_cpu.cpp and *_cuda.cpp into the build's own. cpu-asan has all of its own. Tests of common sources
+# run once. dev/lint.py holds the sources to this.
 COMMON = checkpoint dataset files log option_table options outliers process run_folder sampler schedule shards signals \
 	tokenizer toml
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
-runtime_objects = $(foreach name,$(2),build/$(if $(filter $(name),$(COMMON)),$(if $(filter %-asan,$(1)),$(1),common),$(1))/runtime/$(name).o)
+PRECISION_OF_cuda = bf16
+precision = $(if $(filter %-asan,$(1)),$(1),$(or $(PRECISION_OF_$(1)),$(if $(filter %-bf16,$(1)),bf16,fp32)))
+home = $(if $(filter %_cpu %_cuda,$(2)),$(1),$(if $(filter %-asan,$(1)),$(1),$(if $(filter $(COMMON),$(2)),common,$(precision))))
+runtime_objects = $(foreach name,$(2),build/$(call home,$(1),$(name))/runtime/$(name).o)
 BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))
 LADDER = $(basename $(notdir $(wildcard dev/ladder/*.cu)))
 
@@ -57,6 +62,7 @@ NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
 BEST_BUILD = $(if $(and $(NVCC),$(GPU_ARCH)),$(CUDA_BUILD),$(CPU_BUILD))
 
+TEST_COMMON = build/common/test/main.o build/common/libtest.a
 .PHONY: all cpu cuda simt demo test test-cpu test-simt test-cuda test-python test-long bench simt-profile lint format clean
 all: $(TRAINERS:%=build/$(BEST_BUILD)/%)
 	@ln -sf $^ .
@@ -65,9 +71,9 @@ cpu: $(TRAINERS:%=build/$(CPU_BUILD)/%)
 simt: $(TRAINERS:%=build/$(SIMT_BUILD)/%)
 cuda: $(TRAINERS:%=build/$(CUDA_BUILD)/%)
 
-# One set of rules per build: its directory, its flags. $(eval) so that each build has its own pattern rules.
-define BUILD_RULES
-build/$(1)/%.o: kernels/%.cpp Makefile
+# One set of rules per folder of objects: its name, its flags. $(eval) so that each has its own pattern rules.
+define PRECISION_RULES
+build/$(1)/scratch.o: kernels/scratch.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
@@ -79,18 +85,31 @@ build/$(1)/test/%.h.gch: test/%.h Makefile
 build/$(1)/test/%.o: test/%.cpp build/$(1)/test/precompiled.h.gch Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) $$(TEST_MODE) -c $$< -o $$@
-build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) build/$(1)/scratch.o $(call runtime_objects,$(1),$(RUNTIME))
+endef
+ASAN_FLAGS = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+$(eval $(call PRECISION_RULES,fp32,))
+$(eval $(call PRECISION_RULES,bf16,-DPRECISION_BF16=1))
+$(eval $(call PRECISION_RULES,cpu-asan,$$(ASAN_FLAGS)))
+
+define CPU_RULES
+build/$(1)/%.o: kernels/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/runtime/%_cpu.o: runtime/%_cpu.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(RUNTIME))
 	@rm -f $$@
 	ar rcs $$@ $$^
-build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
+build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/common/test/main.o build/common/libtest.a build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(precision)/test/%.o $(TEST_COMMON) build/common/without_simulator.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cpu.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
@@ -113,16 +132,19 @@ build/common/libtest.a: $(TEST_SUPPORT:%=build/common/test/support/%.o)
 	ar rcs $@ $^
 build/common/test_%: build/common/test/%.o build/common/test/main.o build/common/libtest.a build/common/liblonghand.a
 	$(CXX) $^ -fopenmp -o $@
+build/common/without_simulator.o: dev/simt/without_simulator.cpp Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) -c $< -o $@
 .SECONDARY:
-$(eval $(call BUILD_RULES,cpu,))
-$(eval $(call BUILD_RULES,cpu-bf16,-DPRECISION_BF16=1))
-$(eval $(call BUILD_RULES,cpu-asan,-O1 -g1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined))
+$(eval $(call CPU_RULES,cpu,))
+$(eval $(call CPU_RULES,cpu-bf16,-DPRECISION_BF16=1))
+$(eval $(call CPU_RULES,cpu-asan,$$(ASAN_FLAGS)))
 # The simt builds: the CUDA kernels on the CPU, compiled by g++ against dev/simt. Only kernels and the tests of dev/simt
 # are instrumented: every access calls a function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays
 # as the source has it. No tail calls: a report's line is that of the call's return address.
 KERNELS = $(basename $(notdir $(wildcard kernels/*.cu)))
 CUDA_RUNTIME = $(basename $(notdir $(filter-out %_cpu.cpp,$(wildcard runtime/*.cpp))))
-SIMT = $(basename $(notdir $(wildcard dev/simt/*.cpp)))
+SIMT = $(filter-out without_simulator,$(basename $(notdir $(wildcard dev/simt/*.cpp))))
 SIMT_FLAGS = -DLONGHAND_SIMT=1 -Idev/simt/include
 SIMT_KERNEL_OPTIMIZE ?= -O2
 SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -g -march=native -Wno-unknown-pragmas -fsanitize=thread \
@@ -137,37 +159,25 @@ build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
 build/$(1)/%.o: kernels/%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/scratch.o: kernels/scratch.cpp Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/runtime/%.o: runtime/%.cpp Makefile
+build/$(1)/runtime/%_cuda.o: runtime/%_cuda.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o build/$(1)/test/simt_traffic.o \
-		build/$(1)/test/simt_bytes.o build/$(1)/test/simt_races.o: build/$(1)/test/%.o: test/%.cpp Makefile
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/simt%.o: test/simt%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/%.h.gch: test/%.h Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(SIMT_FLAGS) $(2) -x c++-header $$< -o $$@
-build/$(1)/test/%.o: test/%.cpp build/$(1)/test/precompiled.h.gch Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(SIMT_FLAGS) $(2) $$(TEST_MODE) -c $$< -o $$@
-build/$(1)/trainer_%.o: train_%.cu Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME)) $(SIMT:%=build/$(1)/simt/%.o)
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME)) $(SIMT:%=build/$(1)/simt/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
-build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
+build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/common/test/main.o build/common/libtest.a build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(precision)/test/%.o $(TEST_COMMON) build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
-build/$(1)/test_simt_ladder: build/$(1)/test/simt_ladder.o build/common/test/main.o build/common/libtest.a $(LADDER:%=build/$(1)/ladder/%.o) \
-		build/$(1)/liblonghand.a
+build/$(1)/test_simt%: build/$(1)/test/simt%.o $(TEST_COMMON) build/$(1)/liblonghand.a
+	$(CXX) $$^ $(SIMT_LIBS) -o $$@
+build/$(1)/test_simt_ladder: build/$(1)/test/simt_ladder.o $(TEST_COMMON) $(LADDER:%=build/$(1)/ladder/%.o) build/$(1)/liblonghand.a
 	$(CXX) $$^ $(SIMT_LIBS) -o $$@
 endef
 $(eval $(call SIMT_RULES,simt,))
@@ -188,33 +198,28 @@ define CUDA_RULES
 build/$(1)/%.o: kernels/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
-build/$(1)/scratch.o: kernels/scratch.cpp Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
-build/$(1)/runtime/%.o: runtime/%.cpp Makefile
+build/$(1)/runtime/%_cuda.o: runtime/%_cuda.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/%.o: test/%.cpp Makefile
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
+build/$(1)/test/main.o: test/main.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $$(CUDA_FLAGS) -DLONGHAND_GPU=1 $(2) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) -DLONGHAND_GPU=1 -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
 	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
-build/$(1)/trainer_%.o: train_%.cu Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -x c++ -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(1)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME))
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME))
 	@rm -f $$@
 	ar rcs $$@ $$^
-build/$(1)/train_%: build/$(1)/trainer_%.o build/$(1)/liblonghand.a
+build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
-build/$(1)/test_%: build/$(1)/test/%.o build/$(1)/test/main.o build/common/libtest.a build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(precision)/test/%.o build/$(1)/test/main.o build/common/libtest.a build/common/without_simulator.o \
+		build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@

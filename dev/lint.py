@@ -19,7 +19,8 @@ IN_TRAINERS = re.compile(r"__global__|<<<|\bcuda[A-Z_]\w*|^\s*#\s*(if|ifdef|ifnd
 COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
 INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # What types.h and the builds' flags make different.
-DIFFERS = re.compile(r"\b(real|kPrecision|kRealEpsilon|PRECISION_BF16|LONGHAND_SIMT|LONGHAND_GPU|__CUDACC__)\b")
+BY_BACKEND = "LONGHAND_SIMT|LONGHAND_GPU|__CUDACC__|cuda_runtime"
+DIFFERS = re.compile(rf"\b(real|kPrecision|kRealEpsilon|PRECISION_BF16|{BY_BACKEND})\b")
 # Declared for common sources, but defined in each build.
 ANSWERED_BY_BUILD = re.compile(r"\bplan_target\b")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
@@ -98,6 +99,15 @@ def check_common(complain):
             complain(f"runtime/{path.name}: is the same in every build; add it to COMMON of the Makefile")
 
 
+def check_backends(complain):
+    """What the Makefile compiles once for all builds of a precision knows nothing of their backends."""
+    for path in tracked("runtime/*.cpp", "test/*.cpp", "train_*.cu", "kernels/scratch.cpp"):
+        own = path.stem.endswith(("_cpu", "_cuda")) or path.stem == "main" or path.stem.startswith("simt")
+        if not own and names(path, re.compile(rf"\b({BY_BACKEND})\b")):
+            complain(f"{path.relative_to(ROOT)}: is compiled once for all builds of a precision, "
+                     "but what it includes differs between backends")
+
+
 def check_text(complain):
     for path in tracked("*.h", "*.cpp", "*.cu", "*.py", "*.sh", "Makefile", "*.md"):
         name = path.relative_to(ROOT).as_posix()
@@ -161,7 +171,7 @@ def check_help(complain):
 
 def main():
     problems = []
-    for check in (check_format, check_layers, check_common, check_text, check_trainers, check_python, check_help):
+    for check in (check_format, check_layers, check_common, check_backends, check_text, check_trainers, check_python, check_help):
         check(problems.append)
     for problem in problems:
         print(problem)

@@ -56,7 +56,7 @@ TEST_CASE("causal attention, ragged lengths, every head dim") {
 
 TEST_CASE("sums in any order: within the same tolerances") {
     for (int64_t D : {32, 64, 80, 128, 256}) {
-        constexpr int64_t T = kSimulated ? 70 : 140, H = kSimulated ? 1 : 2;
+        const int64_t T = kSimulated ? 70 : 140, H = kSimulated ? 1 : 2;
         Problem p({1, T, T, H, D}, 80 + D, starts(1, T, 0, {{40, 3}}), 16);
         p.shape.deterministic = false;
         check_problem(p);
@@ -94,7 +94,7 @@ TEST_CASE("a head dim without a kernel is refused") {
 }
 
 TEST_CASE("packed qkv gives the bits that separate tensors give") {
-    constexpr int64_t B = 2, T = kSimulated ? 41 : 101, H = kSimulated ? 2 : 3, D = 64, C = H * D;
+    const int64_t B = 2, T = kSimulated ? 41 : 101, H = kSimulated ? 2 : 3, D = 64, C = H * D;
     Problem p({B, T, T, H, D}, 7);
     Vector<real> qkv(B * T * 3 * C), dqkv = poisoned<real>(B * T * 3 * C);
     auto q = p.q.dense(), k = p.k.dense(), v = p.v.dense();
@@ -154,7 +154,7 @@ TEST_CASE("a query that sees nothing: O and dQ are 0, LSE is -Inf") {
 }
 
 TEST_CASE("positions beyond 2^31 and 2^40 are positions like others") {
-    constexpr int64_t T = kSimulated ? 110 : 150;
+    const int64_t T = kSimulated ? 110 : 150;
     Problem p({2, T, T, 1, 64}, 9, starts(2, T, 0, {{10, 97}, {96, 40}}));
     Output<real> out = forward(p);
     Backward<real> g = backward(p, out);
@@ -196,7 +196,7 @@ TEST_CASE("documents, with boundaries inside tiles and at their edges") {
 TEST_CASE("tiles that no document reaches are not even read") {
     // NaN in one document would poison any tile product of the other that touched it. The boundary is one of tiles in
     // all backends.
-    constexpr int64_t kHalf = kSimulated ? 128 : 384, T = 2 * kHalf;
+    const int64_t kHalf = kSimulated ? 128 : 384, T = 2 * kHalf;
     for (int64_t D : {32, 64}) {
         Problem p({1, T, T, 1, D}, 5, starts(1, T, 0, {{kHalf}}));
         Output<real> clean = forward(p);
@@ -226,7 +226,7 @@ TEST_CASE("tiles that no document reaches are not even read") {
 TEST_CASE("scores that grow along the row, to 80 and beyond") {
     // Each key outweighs all earlier ones, so that every tile moves the maximum.
     for (float steep : {80.f, 500.f, -500.f}) {
-        constexpr int64_t T = kSimulated ? 140 : 230, D = 64;
+        const int64_t T = kSimulated ? 140 : 230, D = 64;
         Problem p({1, T, T, 1, D}, 11);
         for (int64_t t = 0; t < T; t++)
             for (int64_t d = 0; d < D; d++) {
@@ -297,7 +297,7 @@ TEST_CASE("NaN in the inputs comes out as NaN, not as a number") {
 TEST_CASE("parts over key blocks merge to the whole, and their gradients add up to it") {
     for (int64_t D : {64, 80, 128, 256}) {
         if (kSimulated && D == 128) continue; // the code of 64 with other numbers
-        constexpr int64_t B = 2, T = 150, H = kSimulated ? 1 : 2;
+        const int64_t B = 2, T = 150, H = kSimulated ? 1 : 2;
         Problem whole({B, T, T, H, D}, 20 + D, starts(B, T, 0, {{70}, {}}), 16);
         Expected want = expected_forward(whole);
         // The last block first: it is ahead of most queries, so that empty rows meet full ones in both orders.
@@ -389,7 +389,7 @@ TEST_CASE("merging sides that are empty or far apart") {
 TEST_CASE("head groups give the whole's bits") {
     // On five threads the groups' heads are shared by all of them, the whole's are not.
     check::with_threads({5}, [](int) {
-        constexpr int64_t B = 2, T = kSimulated ? 50 : 700, H = 6, D = 64;
+        const int64_t B = 2, T = kSimulated ? 50 : 700, H = 6, D = 64;
         Problem p({B, T, T, H, D}, 30);
         Output<real> out = forward(p);
         Backward<real> g = backward(p, out);

@@ -4,9 +4,6 @@
 
 #include "../kernels/attention_flash.h"
 #include "../kernels/attention_plain.h"
-#ifdef LONGHAND_SIMT
-#include "../dev/simt/simt.h"
-#endif
 
 namespace {
 
@@ -83,8 +80,7 @@ TEST_CASE("rows that are not 16 bytes apart go to the plain kernels") {
     }
 }
 
-#ifdef LONGHAND_SIMT
-TEST_CASE("tiles for cards with 99 KB of shared memory a block") {
+TEST_CASE("tiles for cards with 99 KB of shared memory a block" * doctest::skip(!check::kSimulated)) {
     simt::SettingsGuard guard;
     simt::settings().shared_per_block = 99 * 1024;
     for (int64_t D : {32, 64, 80, 128, 256}) {
@@ -99,4 +95,3 @@ TEST_CASE("tiles for cards with 99 KB of shared memory a block") {
         if (D > 80) CHECK(same_bits(fixed.dq.data, any.dq.data));
     }
 }
-#endif

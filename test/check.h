@@ -16,11 +16,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../dev/simt/simt.h"
 #include "../kernels/types.h"
 #include "../runtime/memory.h"
-#ifdef LONGHAND_SIMT
-#include "../dev/simt/simt.h"
-#endif
 
 // What kernels read and write, seen by the host too: device memory in the simt build, managed memory on a GPU, where
 // test/main.cpp makes every launch wait for its end.
@@ -88,11 +86,7 @@ template <class T, class A> void check_close(const char* name, const std::vector
 namespace check {
 
 // The simt build runs kernels thousands of times slower than a GPU: shapes shrink there.
-#ifdef LONGHAND_SIMT
-constexpr bool kSimulated = true;
-#else
-constexpr bool kSimulated = false;
-#endif
+inline const bool& kSimulated = simt::kPresent;
 
 // Is this the first of the seeds that test/run.py gives the simulator? What takes minutes there runs under one alone.
 inline bool first_seed() {
@@ -161,14 +155,10 @@ using BlockChoice = std::function<std::vector<uint64_t>(uint64_t)>;
 // While it lives, launches of the simt build run only the blocks chosen; others run whole.
 class OnlyBlocks {
 public:
-#ifdef LONGHAND_SIMT
     explicit OnlyBlocks(BlockChoice choose) { simt::settings().blocks = std::move(choose); }
 
 private:
     simt::SettingsGuard guard_;
-#else
-    explicit OnlyBlocks(const BlockChoice&) {}
-#endif
 };
 
 // The `each` first and last blocks and as many on both sides of a part of the grid, 0 < part < 1; all of a small grid.
@@ -194,9 +184,7 @@ inline BlockChoice blocks_at(double part, uint64_t each = 3) {
 template <class T> class Huge {
 public:
     explicit Huge(int64_t n, bool mirrored = false) : bytes_((n * sizeof(T) / kWindow + 1) * kWindow) {
-#ifdef LONGHAND_SIMT
         simt::settings().device_bytes = size_t(1) << 42;
-#endif
         if (!device_is_host()) {
             data_ = static_cast<T*>(managed_alloc(n * sizeof(T)));
             // A write here and there must not take two megabytes each time.

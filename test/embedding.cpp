@@ -2,9 +2,6 @@
 
 #include "check.h"
 #include "oracle.h"
-#ifdef LONGHAND_SIMT
-#include "../dev/simt/simt.h"
-#endif
 
 namespace {
 
@@ -224,10 +221,8 @@ TEST_CASE("an output larger than the cache, aligned and not") {
 }
 
 TEST_CASE("tables with more than 2^31 elements") {
-#ifdef LONGHAND_SIMT
     simt::SettingsGuard guard;
     simt::settings().device_bytes = size_t{1} << 40; // of which next to nothing is touched
-#endif
     // Of these only the rows in use take memory. The first two differ in the highest byte of their numbers alone.
     struct Table {
         int64_t C, rows, often, once;
@@ -258,9 +253,8 @@ TEST_CASE("tables with more than 2^31 elements") {
     }
 }
 
-#ifdef LONGHAND_SIMT
 // Very wide rows, and of them only the strips of columns at both ends: the blocks between would do the same.
-TEST_CASE("outputs and gradients of more than 2^31 elements") {
+TEST_CASE("outputs and gradients of more than 2^31 elements" * doctest::skip(!check::kSimulated)) {
     simt::SettingsGuard guard;
     simt::settings().device_bytes = size_t{1} << 40;
     const int64_t C = 1 << 22, B = 520, ends = 64; // elements at each end of a row that are looked at
@@ -303,7 +297,6 @@ TEST_CASE("more than 2^31 tokens forward") {
     assign(sum, to_float(wte[1]) + to_float(wpe[2]));
     CHECK(to_float(out[N - 1]) == to_float(sum));
 }
-#endif
 
 TEST_CASE("rows of more than 2^31 elements out and back: the last tokens are right" *
           doctest::test_suite(check::kSimulated ? "" : "long")) {

@@ -287,12 +287,11 @@ TEST_CASE("more than there is is refused, with what and where and what to do") {
         if (status == kChildSkipped) MESSAGE("skipped: no tmpfs can be mounted here");
         CHECK((status == 0 || status == kChildSkipped));
     }
-#ifdef LONGHAND_SIMT
+    if (!check::kSimulated) return;
     simt::SettingsGuard guard;
     simt::settings().pinned_bytes = 10 << 20;
     HostStore fits(device, folder.path(), 7 << 20); // beside the device's own two megabytes
     CHECK_THROWS_AS(HostStore(device, folder.path(), 2 << 20), RunFailed);
-#endif
 }
 
 TEST_CASE("the cpu build's memory does not grow by what it keeps on disk") {

@@ -429,6 +429,8 @@ Fault::Fault(FaultKind kind, std::string kernel, std::string file, int line, uin
       kind(kind), kernel(std::move(kernel)), file(std::move(file)), text(std::move(text)), line(line), block(block),
       thread(thread) {}
 
+constinit const bool kPresent = true;
+
 Settings& settings() {
     static Settings all = [] {
         Settings s;

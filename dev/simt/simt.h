@@ -1,4 +1,6 @@
-// What tests say to the simulator and hear from it. Kernels never include this.
+// What tests say to the simulator and hear from it. Kernels never include this. Builds without the simulator have
+// kPresent, settings() and some_blocks() from without_simulator.cpp, so that a test is compiled once for all builds of
+// a precision.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -10,6 +12,8 @@
 #include "include/vector_types.h"
 
 namespace simt {
+
+extern const bool kPresent; // set before anything is initialised
 
 enum class FaultKind {
     deadlock,          // everybody waits

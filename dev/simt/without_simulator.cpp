@@ -1,0 +1,15 @@
+// What tests find of the simulator in builds that have none: settings that nobody reads.
+#include "simt.h"
+
+namespace simt {
+
+constinit const bool kPresent = false;
+
+Settings& settings() {
+    static Settings unused{};
+    return unused;
+}
+
+std::function<std::vector<uint64_t>(uint64_t)> some_blocks(uint64_t, std::vector<uint64_t>) { return {}; }
+
+} // namespace simt
