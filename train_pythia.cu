@@ -222,17 +222,24 @@ Pythia::Pythia(const Device& device, const PythiaConfig& config, const Setup& se
 // Pythia's, up to 2.8b: normal(sqrt(2/5C)), the two projections into the residual stream normal(2/(L·sqrt C)), the
 // "small init" of Nguyen & Salazar (2019) and Wang's of GPT-NeoX. 6.9b and 12b name none and got the framework's:
 // normal(0.02), projections scaled down by sqrt(2L). Biases 0, LayerNorm 1.
+struct InitStd {
+    double projections, others;
+};
+InitStd init_std(const PythiaConfig& c) {
+    if (c.C < 4096) return {2.0 / (c.L * std::sqrt(double(c.C))), std::sqrt(2.0 / (5.0 * c.C))};
+    return {0.02 / std::sqrt(2.0 * c.L), 0.02};
+}
+
 void Pythia::init_weights(uint64_t seed) {
-    bool small = c_.C < 4096;
-    double std = small ? std::sqrt(2.0 / (5.0 * c_.C)) : 0.02;
-    double projection_std = small ? 2.0 / (c_.L * std::sqrt(double(c_.C))) : 0.02 / std::sqrt(2.0 * c_.L);
+    const InitStd std = init_std(c_);
     for (size_t i = 0; i < params_.list.size(); i++) {
         Tensor& t = params_.list[i];
         bool is_gain = i == ln1w || i == ln2w || i == lnfw, is_projection = i == attprojw || i == fcprojw;
         int64_t end = i == embedin || i == embedout ? c_.V * c_.C : t.count;
         fill_weights(device_, t, [&](int64_t k) -> float {
             if (is_gain) return 1;
-            return t.decay() && k < end ? (is_projection ? projection_std : std) * random_normal(seed, i, k) : 0;
+            return t.decay() && k < end ? (is_projection ? std.projections : std.others) * random_normal(seed, i, k)
+                                        : 0;
         });
     }
 }

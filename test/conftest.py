@@ -1,6 +1,13 @@
+import signal
+
 import pytest
 
 from runs import chain, write_shard
+
+# What nohup or a shell's & has ignored is not inherited by the programs that get these signals here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,14 @@ static std::unique_ptr<Transformer> make(const golden::Config& c, const Setup& s
 }
 
 TEST_CASE("logits, loss and gradients are HuggingFace's") {
-    for (const char* name : {"gpt2_d32", "gpt2_d64", "gpt2_d80"}) trainer::check_golden(make, name);
+    trainer::check_golden(make, "gpt2_d64");
+    if (!check::first_seed()) return; // what another order of threads may change shows in one
+    for (const char* name : {"gpt2_d32", "gpt2_d80"}) trainer::check_golden(make, name);
 }
 
-TEST_CASE("twenty steps follow HuggingFace with torch's AdamW") { trainer::check_training(make, "gpt2_training"); }
+TEST_CASE("twenty steps follow HuggingFace with torch's AdamW" * doctest::skip(!check::first_seed())) {
+    trainer::check_training(make, "gpt2_training");
+}
 
 TEST_CASE("the gradient is the derivative of the oracle's loss") {
     trainer::check_derivative(make, {7, 2, 64, 2, 29, 128, 11, 2, 9});

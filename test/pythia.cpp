@@ -22,11 +22,13 @@ static golden::Config small(uint64_t seed, int64_t V, int64_t B, int64_t T) {
 }
 
 TEST_CASE("logits, loss and gradients are HuggingFace's: every head dim, residual form and GELU") {
-    for (const char* name : {"pythia_d32", "pythia_d64", "pythia_d80", "pythia_d128", "pythia_d256", "pythia_whole"})
+    trainer::check_golden(make, "pythia_d80");
+    if (!check::first_seed()) return; // what another order of threads may change shows in one
+    for (const char* name : {"pythia_d32", "pythia_d64", "pythia_d128", "pythia_d256", "pythia_whole"})
         trainer::check_golden(make, name);
 }
 
-TEST_CASE("logits, loss and gradients are HuggingFace's: stretched positions") {
+TEST_CASE("logits, loss and gradients are HuggingFace's: stretched positions" * doctest::skip(!check::first_seed())) {
     for (const char* name : {"pythia_linear", "pythia_dynamic", "pythia_yarn"}) trainer::check_golden(make, name);
 }
 
@@ -35,7 +37,9 @@ TEST_CASE("logits, loss and gradients are HuggingFace's: past the 2048 positions
     trainer::check_golden(make, "pythia_long");
 }
 
-TEST_CASE("twenty steps follow HuggingFace with torch's AdamW") { trainer::check_training(make, "pythia_training"); }
+TEST_CASE("twenty steps follow HuggingFace with torch's AdamW" * doctest::skip(!check::first_seed())) {
+    trainer::check_training(make, "pythia_training");
+}
 
 TEST_CASE("the gradient is the derivative of the oracle's loss") {
     golden::Config c = small(7, 29, 2, 9);
@@ -93,36 +97,33 @@ TEST_CASE("named sizes have the published parameter counts") {
 }
 
 TEST_CASE("weights from scratch are distributed as Pythia's") {
-    struct {
-        int64_t L, C, H;
-        double std, projection;
-    } sizes[] = {{3, 256, 8, std::sqrt(2.0 / (5 * 256)), 2 / (3 * std::sqrt(256.0))}, // "small init" and Wang's
-                 {1, 4096, 32, 0.02, 0.02 / std::sqrt(2.0)}};                         // what 6.9b and 12b got
-    for (auto [L, C, H, std, projection] : sizes) {
-        if (check::kSimulated && C > 1000) continue;
-        PythiaConfig c;
-        static_cast<ModelSizes&>(c) = {8, 61, 128, L, H, C};
-        c.rope.dims = C / H / 4, c.rope.original = 8;
-        Pythia model(trainer::device(), c, Setup{1, 8, false});
-        model.allocate();
-        model.init_weights(7);
-        for (size_t i : {embedin, qkvw, attprojw, fcw, fcprojw, embedout, ln1w, ln2b, fcb}) {
-            const Tensor& tensor = model.tensors().list[i];
-            CAPTURE(tensor.name);
-            const int64_t live = i == embedin || i == embedout ? c.V * C : tensor.count;
-            std::vector<real> values(tensor.count);
-            download(trainer::device(), values.data(), tensor.param, values.size() * sizeof(real));
-            double sum = 0, squares = 0;
-            for (int64_t k = 0; k < live; k++) sum += to_float(values[k]), squares += std::pow(to_float(values[k]), 2);
-            for (int64_t k = live; k < tensor.count; k++) REQUIRE(to_float(values[k]) == 0);
-            const double want = i == attprojw || i == fcprojw ? projection : std;
-            if (i == ln1w || i == ln2b || i == fcb) {
-                CHECK(sum == (i == ln1w ? live : 0));
-            } else { // the deviation of a sample's is std/sqrt(2n), of its mean std/sqrt(n)
-                CHECK(std::abs(std::sqrt(squares / live) - want) <=
-                      want * (5 / std::sqrt(2.0 * live) + kRealEpsilon / 4));
-                CHECK(std::abs(sum / live) <= 5 * want / std::sqrt(double(live)));
-            }
+    PythiaConfig c;
+    const int64_t C = 256;
+    static_cast<ModelSizes&>(c) = {8, 61, 128, 3, 8, C};
+    c.rope.dims = 8, c.rope.original = 8;
+    Pythia model(trainer::device(), c, Setup{1, 8, false});
+    model.allocate();
+    model.init_weights(7);
+    const double others = std::sqrt(2.0 / (5 * C)),
+                 projections = 2 / (3 * std::sqrt(double(C))); // "small init", Wang's
+    for (size_t i : {embedin, qkvw, attprojw, fcw, fcprojw, embedout, ln1w, ln2b, fcb}) {
+        const Tensor& tensor = model.tensors().list[i];
+        CAPTURE(tensor.name);
+        const int64_t live = i == embedin || i == embedout ? c.V * C : tensor.count;
+        std::vector<real> values(tensor.count);
+        download(trainer::device(), values.data(), tensor.param, values.size() * sizeof(real));
+        double sum = 0, squares = 0;
+        for (int64_t k = 0; k < live; k++) sum += to_float(values[k]), squares += std::pow(to_float(values[k]), 2);
+        for (int64_t k = live; k < tensor.count; k++) REQUIRE(to_float(values[k]) == 0);
+        const double want = i == attprojw || i == fcprojw ? projections : others;
+        if (i == ln1w || i == ln2b || i == fcb) {
+            CHECK(sum == (i == ln1w ? live : 0));
+        } else { // the deviation of a sample's is std/sqrt(2n), of its mean std/sqrt(n)
+            CHECK(std::abs(std::sqrt(squares / live) - want) <= want * (5 / std::sqrt(2.0 * live) + kRealEpsilon / 4));
+            CHECK(std::abs(sum / live) <= 5 * want / std::sqrt(double(live)));
         }
     }
+    c.L = 2, c.C = 4096; // what 6.9b and 12b got
+    CHECK(init_std(c).others == 0.02);
+    CHECK(init_std(c).projections == doctest::Approx(0.01));
 }
