@@ -15,7 +15,9 @@ void* device_alloc(size_t bytes) {
                         std::to_string(available) + " of " + std::to_string(total) +
                         " are free): " + cudaGetErrorString(status));
     }
+    // Nobody else waits for it: it is in the legacy default stream, and the run's streams do not block.
     check_cuda(cudaMemset(pointer, 0, bytes), "clearing GPU memory");
+    check_cuda(cudaStreamSynchronize(nullptr), "clearing GPU memory");
     return pointer;
 }
 
