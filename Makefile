@@ -147,7 +147,8 @@ build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(COLD_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/simt.o build/$(1)/test/simt_ptx.o build/$(1)/test/simt_matmul.o build/$(1)/test/simt_traffic.o \
-		build/$(1)/test/simt_bytes.o build/$(1)/test/simt_races.o: build/$(1)/test/%.o: test/%.cpp Makefile
+		build/$(1)/test/simt_bytes.o build/$(1)/test/simt_races.o build/$(1)/test/simt_streams.o: \
+		build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.h.gch: test/%.h Makefile
