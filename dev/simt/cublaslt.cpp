@@ -357,6 +357,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     Product p{*desc, *static_cast<const float*>(alpha), *static_cast<const float*>(beta), a, *al, b, *bl, c, *cl, d,
               *dl};
     if (cublasStatus_t status = p.check_call()) return status;
+    if (simt::settings().refuse_epilogues && p.desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     cudaError_t status =
         simt::give(stream, {"cublasLtMatmul", place, nullptr, true, p.touches(workspace, workspace_bytes),
                             [p](simt::Touched*) { return p.multiply(); }});

@@ -48,6 +48,9 @@ struct Settings {
     // run.
     std::function<std::vector<uint64_t>(uint64_t)> blocks;
 
+    // Of cuBLASLt: products with an epilogue are refused when they are to run, though a kernel was found for them.
+    bool refuse_epilogues = false;
+
     bool count; // traffic, below; at the start whether SIMT_PROFILE names a file
 };
 Settings& settings();
