@@ -242,6 +242,20 @@ TEST_CASE("upload() and download() reach what is in the store, behind the copies
     CHECK(read_back(device, store.data(), 2 * bytes) == std::vector<char>(2 * bytes, 0));
 }
 
+TEST_CASE("a store that goes waits for its copies") {
+    ScratchFolder folder;
+    Device device(0);
+    Array<char> array(kLayerBytes);
+    const std::vector<char> given = random_bytes(kLayerBytes, 1);
+    upload(device, array, given.data(), kLayerBytes);
+    for (bool loads : {false, true}) {
+        HostStore store(device, folder.path(), kLayerBytes);
+        store.save(0, array, kLayerBytes, 0);
+        if (loads) store.load(0, array, kLayerBytes, 0);
+    }
+    CHECK(read_back(device, array, kLayerBytes) == given);
+}
+
 TEST_CASE("bytes that lie outside, and slots that there are not, are refused") {
     ScratchFolder folder;
     Device device(0);
