@@ -208,9 +208,6 @@ build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile | nvcc
 build/$(1)/runtime/%_cuda.o: runtime/%_cuda.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/test/main.o: test/main.cpp Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) -DLONGHAND_GPU=1 -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
@@ -222,8 +219,7 @@ build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(precision)/scratch
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
-build/$(1)/test_%: build/$(precision)/test/%.o build/$(1)/test/main.o build/common/libtest.a build/common/without_simulator.o \
-		build/$(1)/liblonghand.a
+build/$(1)/test_%: build/$(precision)/test/%.o $(TEST_COMMON) build/common/without_simulator.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@

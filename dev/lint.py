@@ -19,7 +19,7 @@ IN_TRAINERS = re.compile(r"__global__|<<<|\bcuda[A-Z_]\w*|^\s*#\s*(if|ifdef|ifnd
 COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
 INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # What types.h and the builds' flags make different.
-BY_BACKEND = "LONGHAND_SIMT|LONGHAND_GPU|__CUDACC__|cuda_runtime"
+BY_BACKEND = "LONGHAND_SIMT|__CUDACC__|cuda_runtime"
 DIFFERS = re.compile(rf"\b(real|kPrecision|kRealEpsilon|PRECISION_BF16|{BY_BACKEND})\b")
 # Declared for common sources, but defined in each build.
 ANSWERED_BY_BUILD = re.compile(r"\bplan_target\b")
@@ -102,7 +102,7 @@ def check_common(complain):
 def check_backends(complain):
     """What the Makefile compiles once for all builds of a precision knows nothing of their backends."""
     for path in tracked("runtime/*.cpp", "test/*.cpp", "train_*.cu", "kernels/scratch.cpp"):
-        own = path.stem.endswith(("_cpu", "_cuda")) or path.stem == "main" or path.stem.startswith("simt")
+        own = path.stem.endswith(("_cpu", "_cuda")) or path.stem.startswith("simt")
         if not own and names(path, re.compile(rf"\b({BY_BACKEND})\b")):
             complain(f"{path.relative_to(ROOT)}: is compiled once for all builds of a precision, "
                      "but what it includes differs between backends")

@@ -32,13 +32,17 @@ inline unsigned blocks_for(int64_t n, int64_t per_block) {
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline std::string kernel_name(const void* kernel) {
+#if CUDART_VERSION < 12030 // which do not know it
+    return "a kernel";
+#else
     const char* mangled = nullptr;
-    if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || !mangled) return "kernel";
+    if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || !mangled) return "a kernel";
     int status = 0;
     char* plain = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
     std::string name = status == 0 ? plain : mangled;
     std::free(plain);
     return name;
+#endif
 }
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024; // a kernel may use more only after setting an attribute
@@ -58,7 +62,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     if (status == cudaSuccess) {
 #ifdef LONGHAND_SIMT
         status = simt::launch(
-            function, grid, block, shared_bytes,
+            function, grid, block, shared_bytes, cuda_stream(stream),
             [](const void* all) {
                 const auto& tuple = *static_cast<const decltype(values)*>(all);
                 std::apply(reinterpret_cast<void (*)(Params...)>(simt::running_kernel()), tuple);
@@ -73,7 +77,6 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
             values);
 #endif
     }
-    static_cast<void>(stream);
     if (status != cudaSuccess) {
         cudaGetLastError(); // an error of this launch must not be found again by a later call
         auto size = [](dim3 d) { return std::to_string(d.x) + "x" + std::to_string(d.y) + "x" + std::to_string(d.z); };

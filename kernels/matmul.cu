@@ -67,9 +67,10 @@ struct Prepared {
     cublasStatus_t status; // success, or why there is no algorithm
 };
 
-// The largest power of two, up to the 256 that the library cares for, that divides the address.
+// The largest power of two that divides the address, up to the 16 bytes that a thread moves at once: beyond, the
+// library might choose another kernel, and so other bits, for the same product at another place.
 uint32_t alignment(const void* p) {
-    uintptr_t address = reinterpret_cast<uintptr_t>(p) | 256;
+    uintptr_t address = reinterpret_cast<uintptr_t>(p) | 16;
     return static_cast<uint32_t>(address & (~address + 1));
 }
 using Alignments = std::array<uint32_t, 5>;
@@ -228,7 +229,8 @@ struct Matmul {
     Matmul(const Matmul&) = delete;
     Matmul& operator=(const Matmul&) = delete;
 
-    // Runs the product and says success, or says why the library has no kernel for it.
+    // Runs the product and says success, or says why the library has no kernel for it: what it refuses to run, it will
+    // not be asked for again.
     cublasStatus_t attempt(const Product& p, const Operands& o) {
         std::pair key{p, alignments(o)};
         auto found = cache.find(key);
@@ -238,14 +240,16 @@ struct Matmul {
             if (cache.size() >= kMostShapes) cache.clear();
             found = cache.emplace(key, prepare(handle, workspace_bytes, p, o)).first;
         }
-        const Prepared& prepared = found->second;
+        Prepared& prepared = found->second;
         if (prepared.status != CUBLAS_STATUS_SUCCESS) return prepared.status;
         point(prepared, p, o);
         const float alpha = 1, beta = p.accumulate ? 1 : 0;
-        check_cublas(cublasLtMatmul(handle, prepared.description.get(), &alpha, o.a, prepared.a.get(), o.b,
-                                    prepared.b.get(), &beta, o.d, prepared.d.get(), o.d, prepared.d.get(),
-                                    &prepared.algorithm, workspace, workspace_bytes, cuda_stream(stream)),
-                     ("matmul: running " + name(p)).c_str());
+        cublasStatus_t status = cublasLtMatmul(handle, prepared.description.get(), &alpha, o.a, prepared.a.get(), o.b,
+                                               prepared.b.get(), &beta, o.d, prepared.d.get(), o.d, prepared.d.get(),
+                                               &prepared.algorithm, workspace, workspace_bytes, cuda_stream(stream));
+        if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)
+            return prepared.status = status;
+        check_cublas(status, ("matmul: running " + name(p)).c_str());
         return CUBLAS_STATUS_SUCCESS;
     }
 

@@ -72,23 +72,33 @@ static double measure_peak(const Device& device) {
     return best;
 }
 
-// Two pieces of pinned memory that take turns: the host fills one while the GPU still reads the other, or has not
-// begun. A copy from pageable memory would wait for all launches before it.
+// Two pieces of pinned memory that take turns: the host fills or empties one while the GPU still reads or writes the
+// other, or has not begun. A copy from or to pageable memory would be slower, and wait for all launches before it.
 struct Staging {
     static constexpr size_t kBytes = size_t(1) << 20;
     void* memory[2] = {};
-    cudaEvent_t read[2] = {}; // the copy out of it is done
+    cudaEvent_t copied[2] = {}; // the copy out of it, or into it, is done
     int next = 0;
 
     Staging() {
         for (int i = 0; i < 2; i++) {
             check_cuda(cudaMallocHost(&memory[i], kBytes), "allocating pinned memory");
-            check_cuda(cudaEventCreateWithFlags(&read[i], cudaEventDisableTiming), "creating an event");
+            check_cuda(cudaEventCreateWithFlags(&copied[i], cudaEventDisableTiming), "creating an event");
         }
     }
     ~Staging() {
-        for (int i = 0; i < 2; i++) cudaEventDestroy(read[i]), cudaFreeHost(memory[i]);
+        for (int i = 0; i < 2; i++) cudaEventDestroy(copied[i]), cudaFreeHost(memory[i]);
     }
+
+    int take() {
+        next = 1 - next;
+        return next;
+    }
+    void copy(cudaStream_t stream, int slot, void* to, const void* from, size_t bytes) {
+        check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "copying to or from the GPU");
+        check_cuda(cudaEventRecord(copied[slot], stream), "copying to or from the GPU");
+    }
+    void wait(int slot) { check_cuda(cudaEventSynchronize(copied[slot]), "waiting for the GPU"); }
 };
 
 Target this_target() { return {.cuda = true, .real_bytes = sizeof(real), .threads = omp_get_max_threads()}; }
@@ -108,8 +118,7 @@ Device::Device(int64_t wanted) {
 
 Device::~Device() {
     if (!matmul) return;
-    cudaStreamSynchronize(cuda_stream(stream));
-    matmul_close(matmul);
+    matmul_close(matmul); // frees its work space, and so waits for all that the GPU still does
     delete staging;
     cudaStreamDestroy(cuda_stream(stream));
 }
@@ -131,23 +140,33 @@ std::string device_line(const Device& device) {
 // By their addresses the runtime tells what it copies between: `device` memory of a HostStore is the host's.
 void upload(const Device& device, void* to, const void* from, size_t bytes) {
     Staging& staging = *device.staging;
-    cudaStream_t stream = cuda_stream(device.stream);
     for (size_t done = 0; done < bytes; done += Staging::kBytes) {
         const size_t piece = std::min(Staging::kBytes, bytes - done);
-        const int slot = staging.next;
-        staging.next = 1 - slot;
-        check_cuda(cudaEventSynchronize(staging.read[slot]), "waiting for a copy to the GPU");
+        const int slot = staging.take();
+        staging.wait(slot);
         memcpy(staging.memory[slot], static_cast<const char*>(from) + done, piece);
-        check_cuda(
-            cudaMemcpyAsync(static_cast<char*>(to) + done, staging.memory[slot], piece, cudaMemcpyDefault, stream),
-            "copying to the GPU");
-        check_cuda(cudaEventRecord(staging.read[slot], stream), "copying to the GPU");
+        staging.copy(cuda_stream(device.stream), slot, static_cast<char*>(to) + done, staging.memory[slot], piece);
     }
 }
 
 void download(const Device& device, void* to, const void* from, size_t bytes) {
-    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda_stream(device.stream)), "copying from the GPU");
-    check_cuda(cudaStreamSynchronize(cuda_stream(device.stream)), "waiting for the GPU");
+    Staging& staging = *device.staging;
+    size_t arrived = 0;
+    int before = 0; // the slot of the piece that is under way
+    auto finish = [&](size_t end) {
+        if (arrived == end) return;
+        staging.wait(before);
+        memcpy(static_cast<char*>(to) + arrived, staging.memory[before], end - arrived);
+        arrived = end;
+    };
+    for (size_t begun = 0; begun < bytes; begun += Staging::kBytes) {
+        const int slot = staging.take();
+        staging.copy(cuda_stream(device.stream), slot, staging.memory[slot], static_cast<const char*>(from) + begun,
+                     std::min(Staging::kBytes, bytes - begun));
+        finish(begun);
+        before = slot;
+    }
+    finish(bytes);
 }
 
 void fill_zero(const Device& device, void* to, size_t bytes) {

@@ -8,13 +8,13 @@
 //   store.load((l - 1) * bytes, slot[(l - 1) % 2], bytes, (l - 1) % 2);  // comes while layer l is computed
 //   store.wait((l - 1) % 2);                                             // before layer l - 1 reads it
 //
-// Copies happen one after another in the order of the calls, beside what device.stream does:
+// Copies happen beside what device.stream does, those with the same slot one after another in the order of the calls:
 // - A copy begins when all that device.stream was given before the call is done. So save() may follow the kernel that
 //   writes `from`, and load() the kernel that last read `to`.
 // - What device.stream is given after wait(slot) begins when all copies called with that slot are done. So wait() comes
 //   before a kernel that reads what was loaded, or writes where a save reads. A slot is a name for the device memory of
 //   a copy; several copies may share it.
-// - A load sees what an earlier save of the same bytes wrote.
+// - A load sees what an earlier save of the same bytes wrote, if it has the same slot or comes after a wait for that.
 //
 // Inside a Recording every copy must be waited for, and none may be waited for that was begun outside: finish() comes
 // before it is run and as the last of its launches.

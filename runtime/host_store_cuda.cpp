@@ -1,6 +1,6 @@
-// Copies on a stream of their own, which the GPU's copy engines serve while device.stream's kernels run. Events order
-// the two streams both ways; a wait takes an event as it was last recorded before the call, so that one may be used
-// again.
+// Copies on a stream for each direction, since a bus carries both at once; the GPU's copy engines serve them while
+// device.stream's kernels run. Events order the streams; a wait takes an event as it was last recorded before the call,
+// so that one may be used again.
 #include "host_store.h"
 
 #include <algorithm>
@@ -12,10 +12,11 @@
 
 struct HostStore::Memory {
     char* data = nullptr;
-    cudaStream_t copies = nullptr;
+    cudaStream_t saves = nullptr, loads = nullptr;
     cudaEvent_t given = nullptr;     // in device.stream: what it was given before the latest copy
-    cudaEvent_t copied[kSlots] = {}; // in copies: behind the slot's latest copy, and so behind all before
-    bool pending[kSlots] = {};       // device.stream has not been told to wait for copied[slot] yet
+    cudaEvent_t copied[kSlots] = {}; // behind the slot's latest copy, and so behind all before with this slot
+    // The latest copy's, if device.stream has not been told yet to wait for copied[slot].
+    cudaStream_t pending[kSlots] = {};
 
     // A member function, so that the destructor tidies up after a failure half way.
     void open(size_t bytes) {
@@ -26,26 +27,30 @@ struct HostStore::Memory {
                             " bytes of pinned host memory for --offload: " + cudaGetErrorString(status) +
                             "; offload less (--offload, --host-memory), or free some of the host's memory");
         }
-        check_cuda(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking), "creating a stream for copies");
+        for (cudaStream_t* stream : {&saves, &loads})
+            check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "creating a stream for copies");
         check_cuda(cudaEventCreateWithFlags(&given, cudaEventDisableTiming), "creating an event");
         for (cudaEvent_t& event : copied)
             check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
     }
     ~Memory() {
-        if (copies) cudaStreamSynchronize(copies), cudaStreamDestroy(copies);
+        for (cudaStream_t stream : {saves, loads})
+            if (stream) cudaStreamSynchronize(stream), cudaStreamDestroy(stream);
         if (given) cudaEventDestroy(given);
         for (cudaEvent_t event : copied)
             if (event) cudaEventDestroy(event);
         if (data) cudaFreeHost(data);
     }
 
-    void copy(cudaStream_t stream, void* to, const void* from, size_t bytes, int slot) {
+    void copy(cudaStream_t stream, cudaStream_t copies, void* to, const void* from, size_t bytes, int slot) {
         // The copy must not begin before what writes `from`, or last reads `to`, is done.
         check_cuda(cudaEventRecord(given, stream), "ordering a copy after the step");
         check_cuda(cudaStreamWaitEvent(copies, given, 0), "ordering a copy after the step");
+        if (pending[slot] && pending[slot] != copies)
+            check_cuda(cudaStreamWaitEvent(copies, copied[slot], 0), "ordering a copy after one the other way");
         check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, copies), "copying between GPU and host");
         check_cuda(cudaEventRecord(copied[slot], copies), "marking the end of a copy");
-        pending[slot] = true;
+        pending[slot] = copies;
     }
 
     // Without a copy since the last wait there is nothing to wait for; and in a recording an event from before it would
@@ -53,7 +58,7 @@ struct HostStore::Memory {
     void wait(cudaStream_t stream, int slot) {
         if (!pending[slot]) return;
         check_cuda(cudaStreamWaitEvent(stream, copied[slot], 0), "waiting for a copy");
-        pending[slot] = false;
+        pending[slot] = nullptr;
     }
 };
 
@@ -79,12 +84,12 @@ char* HostStore::data() const { return memory_ ? memory_->data : nullptr; }
 
 void HostStore::save(size_t offset, const void* from, size_t bytes, int slot) {
     check(offset, bytes, slot);
-    if (bytes) memory_->copy(cuda_stream(device_.stream), memory_->data + offset, from, bytes, slot);
+    if (bytes) memory_->copy(cuda_stream(device_.stream), memory_->saves, memory_->data + offset, from, bytes, slot);
 }
 
 void HostStore::load(size_t offset, void* to, size_t bytes, int slot) {
     check(offset, bytes, slot);
-    if (bytes) memory_->copy(cuda_stream(device_.stream), to, memory_->data + offset, bytes, slot);
+    if (bytes) memory_->copy(cuda_stream(device_.stream), memory_->loads, to, memory_->data + offset, bytes, slot);
 }
 
 void HostStore::wait(int slot) {

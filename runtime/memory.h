@@ -20,8 +20,9 @@ void managed_free(void* pointer);
 // Whether kernels are the host's own functions, which may touch all of its memory: in the cpu build.
 bool device_is_host();
 
-// What a run may take of the device's memory: all of a GPU's; on the CPU nine tenths of what the system has available
-// or the process and its group are allowed, whichever is less, for a run on so many threads. 0 if that cannot be said.
+// What a run may take of the device's memory: all of a GPU's, or what other processes have left of it; on the CPU nine
+// tenths of what the system has available or the process and its group are allowed, whichever is less, for a run on so
+// many threads. 0 if that cannot be said.
 size_t available_bytes(int64_t threads);
 
 // Most memory this process has had: resident on the CPU, in use of the GPU's on a GPU, in bytes.

@@ -15,7 +15,9 @@ void* device_alloc(size_t bytes) {
                         std::to_string(available) + " of " + std::to_string(total) +
                         " are free): " + cudaGetErrorString(status));
     }
+    // Nobody else waits for it: it is in the legacy default stream, and the run's streams do not block.
     check_cuda(cudaMemset(pointer, 0, bytes), "clearing GPU memory");
+    check_cuda(cudaStreamSynchronize(nullptr), "clearing GPU memory");
     return pointer;
 }
 
@@ -27,8 +29,7 @@ void* managed_alloc(size_t bytes) {
     void* pointer = nullptr;
     check_cuda(cudaMallocManaged(&pointer, std::max<size_t>(bytes, 1)), "allocating managed memory");
 #ifndef LONGHAND_SIMT // whose memory starts out poisoned where it is small, and untouched, so zero, where it is large
-    check_cuda(cudaMemset(pointer, 0, bytes), "clearing managed memory");
-    check_cuda(cudaDeviceSynchronize(), "clearing managed memory");
+    check_cuda(cudaMemset(pointer, 0, bytes), "clearing managed memory"); // which waits where the host may look
 #endif
     return pointer;
 }
@@ -36,10 +37,12 @@ void managed_free(void* pointer) { cudaFree(pointer); }
 
 bool device_is_host() { return false; }
 
-// Without a GPU the Device says so, better than could be said here.
+// Without a GPU the Device says so, better than could be said here. What is in use at the start of a run is its own
+// context and what other processes hold; the call does not tell them apart, but a context alone is smaller than this.
 size_t available_bytes(int64_t) {
+    constexpr size_t kContext = size_t(1) << 30;
     size_t available = 0, total = 0;
-    if (cudaMemGetInfo(&available, &total) == cudaSuccess) return total;
+    if (cudaMemGetInfo(&available, &total) == cudaSuccess) return total - available <= kContext ? total : available;
     cudaGetLastError();
     return 0;
 }

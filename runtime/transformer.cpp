@@ -315,7 +315,7 @@ void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int6
     if (params_.grads_bf16) upload(device_, draw_, &draws_, sizeof draws_);
     draws_++;
     residuals_.finish();
-    training_step_.run(device_, {double(B), factor}, [&] {
+    repeat(training_step_, B, factor, [&] {
         begin(kForward);
         forward(B, 0, T_, Pass::training);
         losses(B * T_, factor, true);
@@ -324,10 +324,18 @@ void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int6
     });
 }
 
+// Recordings close the gaps between short kernels. The launches of many tokens come in as many more chunks, each of
+// which keeps the device busy for longer than a launch takes, and would only make a graph of 10⁴ to 10⁵ nodes.
+void Transformer::repeat(Recording& recording, int64_t B, double factor, const std::function<void()>& launches) {
+    constexpr int64_t kMostTokens = int64_t(1) << 17;
+    if (B * T_ > kMostTokens) return launches();
+    recording.run(device_, {double(B), factor}, launches);
+}
+
 void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
-    evaluation_.run(device_, {double(B), factor}, [&] {
+    repeat(evaluation_, B, factor, [&] {
         begin(kForward);
         forward(B, 0, T_, Pass::evaluation);
         losses(B * T_, factor, false);

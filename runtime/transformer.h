@@ -221,6 +221,8 @@ private:
     char* pieces_ = nullptr; // of what waits on the host, two that take turns
 
     void place_activations();
+    // Launches of B sequences that come again and again.
+    void repeat(Recording& recording, int64_t B, double factor, const std::function<void()>& launches);
     // Notes an activation in the arena: kept of all layers where nothing is recomputed, else a chunk of one layer or,
     // with `whole`, all of its tokens, for the time of `phases`.
     template <class R> void place_kept(R& rows, int64_t width, const char* name, Phases phases, bool whole = false) {

@@ -5,6 +5,7 @@
 
 #include "../runtime/host_store.h"
 #include "../runtime/tensors.h"
+#include "asynchronous.h"
 #include "check.h"
 #include "scratch.h"
 

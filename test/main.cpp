@@ -6,10 +6,9 @@
 #include <doctest/doctest.h>
 
 int main(int argc, char** argv) {
-#ifdef LONGHAND_GPU
-    // Every launch then waits until its kernel is done, so that tests read results as they are on a CPU.
-    setenv("CUDA_LAUNCH_BLOCKING", "1", 1);
-#endif
+    // On a GPU every launch then waits until its kernel is done, so that tests read results as they are on a CPU. Tests
+    // that wait where a program must include asynchronous.h, which has set it already.
+    setenv("CUDA_LAUNCH_BLOCKING", "1", 0);
     // A test that calls a trainer's main is linked with what blocks signals for it; nobody takes them here.
     sigset_t none;
     sigemptyset(&none);

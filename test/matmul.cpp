@@ -198,6 +198,30 @@ TEST_CASE("backward to the input adds to what is there") {
     }
 }
 
+TEST_CASE("what the library refuses only when it is to run, it is not asked for again" *
+          doctest::skip(!check::kSimulated)) {
+    const int64_t N = 24, C = 32, OC = 16;
+    Vector<real> w = random_normal<real>(OC * C, 51, 1 / std::sqrt(float(C))), bias = random_normal<real>(OC, 52);
+    Vector<real> inp = random_normal<real>(N * C, 53), dout = random_normal<real>(N * OC, 54);
+    std::vector<Handle> refused = open_all_kinds();
+    for (const Handle& mm : refused)
+        for (bool refuses : {true, false, false}) {
+            simt::SettingsGuard guard;
+            simt::settings().refuse_epilogues = refuses;
+            simt::reset_traffic();
+            simt::settings().count = true;
+            Vector<real> out = poisoned<real>(N * OC), pre = poisoned<real>(N * OC), dinp = poisoned<real>(N * C);
+            matmul_forward(mm.get(), out.data(), pre.data(), inp.data(), w.data(), bias.data(), N, C, OC, Gelu::tanh);
+            std::vector<double> want = oracle::linear(to_double(inp), to_double(w), to_double(bias), C);
+            check_close("pre", pre, want, tolerance<real>(C));
+            for (double& x : want) x = gelu(x, Gelu::tanh);
+            check_close("out", out, want, 2 * tolerance<real>(C));
+            CHECK(simt::traffic_of("fill_rows").launches == 1); // the bias, by a kernel of our own
+            matmul_backward_input(mm.get(), dinp.data(), dout.data(), w.data(), inp.data(), N, C, OC, Gelu::tanh);
+            CHECK(simt::traffic_of("backward").launches == 1); // the GELU's
+        }
+}
+
 TEST_CASE("backward to the input of q, k and v, head group by head group") {
     const int64_t N = 37, C = 96, D = 8, group = 5; // heads of a group: the last group has two
     Vector<real> w = random_normal<real>(3 * C * C, 43, 1 / std::sqrt(3 * float(C)));

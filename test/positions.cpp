@@ -6,6 +6,7 @@
 #include "../train_gpt2.cu"
 #undef main
 
+#include "asynchronous.h"
 #include "check.h"
 #include "golden.h"
 #include "scratch.h"

@@ -1,10 +1,9 @@
 // Recordings: the same results as the launches themselves, with the memory of the moment, and anew for another key.
 #include "../runtime/recording.h"
 
-#include <cstdlib>
-
 #include "../kernels/gelu.h"
 #include "../runtime/errors.h"
+#include "asynchronous.h"
 #include "check.h"
 
 namespace {
@@ -24,7 +23,6 @@ struct Arrays {
 } // namespace
 
 TEST_CASE("a recording does what its launches do") {
-    unsetenv("CUDA_LAUNCH_BLOCKING"); // it would switch recordings off
     Device device(0);
     Arrays a;
     Recording recording;
@@ -56,7 +54,6 @@ TEST_CASE("a recording does what its launches do") {
 }
 
 TEST_CASE("what fails while it is recorded says so, and leaves the stream usable") {
-    unsetenv("CUDA_LAUNCH_BLOCKING");
     Device device(0);
     Arrays a;
     Recording recording;

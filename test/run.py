@@ -37,7 +37,7 @@ TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endles
 PYTHON = ROOT / ".venv" / "bin" / "python"
 SIMT_SEEDS = ["1", "2", "3"]  # of the order in which a block's threads run
 LAUNCHES = ROOT / "build" / "launches.txt"
-KERNEL_TESTS = {"attention_huge", "gpt2", "pythia", "positions", "recording", "host_store", "host_update",
+KERNEL_TESTS = {"attention_huge", "gpt2", "pythia", "positions", "recording", "host_store", "host_update", "device",
                 "optimizer_bf16", "optimizer_codes"}
 DEVICE_ONLY = {"attention_backends"}  # compares kernels that only a GPU has
 # Readers of files and the code around them, under AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -12,6 +12,7 @@
 
 #include "../runtime/device.h"
 #include "../runtime/transformer.h"
+#include "asynchronous.h"
 #include "check.h"
 #include "golden_oracle.h"
 

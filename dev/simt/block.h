@@ -10,6 +10,7 @@
 #include "fiber.h"
 #include "include/vector_types.h"
 #include "simt.h"
+#include "touched.h"
 #include "traffic.h"
 
 namespace simt {
@@ -109,6 +110,7 @@ struct Worker {
     bool running = false;
     bool inside = false;                             // the simulator's own code is at work: hooks let its accesses pass
     std::unique_ptr<Counter> counter;                // null unless traffic is counted
+    Touched* touched = nullptr;                      // of the kernel; null if nobody wants to know
     struct Cells *words = nullptr, *bytes = nullptr; // cells.h
     struct Places *word_places = nullptr, *byte_places = nullptr;
 
@@ -191,9 +193,9 @@ const void* code_at(uint32_t offset);
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Device memory, and the pinned memory of the host, which kernels may touch too (heap.cpp). `limit` is for all of a
-// kind.
-enum class Memory { device, pinned };
+// Device memory, managed memory, and the pinned memory of the host, which kernels may touch too (heap.cpp). `limit` is
+// for all of a kind; managed memory is of the device's.
+enum class Memory { device, managed, pinned };
 void* allocate(size_t bytes, Memory memory, size_t limit); // null beyond it
 bool release(void* pointer);
 size_t allocated(Memory memory);
@@ -203,6 +205,7 @@ enum class HeapState { foreign, inside, outside, freed };
 struct HeapAnswer {
     HeapState state;
     uintptr_t begin, end; // of the allocation in whose slot the address lies
+    Memory memory;
 };
 HeapAnswer look_up(uintptr_t address);
 

@@ -11,7 +11,7 @@
 
 #include "../../kernels/types.h"
 #include "block.h"
-#include "graph.h"
+#include "streams.h"
 
 struct cublasLtContext {};
 struct cublasLtMatmulPreferenceOpaque {};
@@ -113,6 +113,8 @@ const char* cublasGetStatusString(cublasStatus_t status) {
         return "an invalid value was given";
     case CUBLAS_STATUS_NOT_SUPPORTED:
         return "not supported";
+    case CUBLAS_STATUS_EXECUTION_FAILED:
+        return "the GPU program failed to execute";
     }
     return "unknown status";
 }
@@ -235,28 +237,71 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
-static cublasStatus_t multiply(const cublasLtMatmulDescOpaque* desc, const void* alpha_at, const void* a,
-                               const cublasLtMatrixLayoutOpaque* al, const void* b,
-                               const cublasLtMatrixLayoutOpaque* bl, const void* beta_at, const void* c,
-                               const cublasLtMatrixLayoutOpaque* cl, void* d, const cublasLtMatrixLayoutOpaque* dl) {
-    cublasStatus_t status = check(*desc, *al, *bl, *cl, *dl);
-    if (status != CUBLAS_STATUS_SUCCESS) return status;
-    float alpha = *static_cast<const float*>(alpha_at), beta = *static_cast<const float*>(beta_at);
-    int64_t M = dl->rows, N = dl->cols, K = desc->trans_a == CUBLAS_OP_N ? al->cols : al->rows;
-    cublasLtEpilogue_t epilogue = desc->epilogue;
-    bool gradient = has(epilogue, CUBLASLT_EPILOGUE_DGELU), forward = has(epilogue, CUBLASLT_EPILOGUE_GELU);
-    bool bias_of_rows = has(epilogue, CUBLASLT_EPILOGUE_BGRADA) || gradient, uses_aux = epilogue & 128;
-    bool bias_gradient = has(epilogue, CUBLASLT_EPILOGUE_BGRADA) || has(epilogue, CUBLASLT_EPILOGUE_BGRADB) ||
-                         epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD;
-    bool adds_bias = has(epilogue, CUBLASLT_EPILOGUE_BIAS);
-    int bias_type = desc->bias_type < 0 ? dl->type : desc->bias_type,
-        aux_type = desc->aux_type < 0 ? dl->type : desc->aux_type;
-    if (!known_type(bias_type) || !known_type(aux_type)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    int64_t bias_length = bias_gradient && !bias_of_rows ? N : M;
-    if (!holds(a, *al) || !holds(b, *bl) || !holds(d, *dl) || (beta != 0 && !holds(c, *cl)) ||
-        ((adds_bias || bias_gradient) && !on_device(desc->bias, bias_type, bias_length)) ||
-        (uses_aux && (desc->aux_ld < M || !on_device(desc->aux, aux_type, (N - 1) * desc->aux_ld + M))))
-        return CUBLAS_STATUS_INVALID_VALUE;
+namespace {
+
+// A call as it was made, whatever becomes of its descriptions.
+struct Product {
+    cublasLtMatmulDescOpaque desc;
+    float alpha, beta;
+    const void* a;
+    cublasLtMatrixLayoutOpaque al;
+    const void* b;
+    cublasLtMatrixLayoutOpaque bl;
+    const void* c;
+    cublasLtMatrixLayoutOpaque cl;
+    void* d;
+    cublasLtMatrixLayoutOpaque dl;
+
+    int64_t M() const { return dl.rows; }
+    int64_t N() const { return dl.cols; }
+    int64_t K() const { return desc.trans_a == CUBLAS_OP_N ? al.cols : al.rows; }
+    bool gradient() const { return has(desc.epilogue, CUBLASLT_EPILOGUE_DGELU); }
+    bool bias_of_rows() const { return has(desc.epilogue, CUBLASLT_EPILOGUE_BGRADA) || gradient(); }
+    bool bias_gradient() const {
+        return has(desc.epilogue, CUBLASLT_EPILOGUE_BGRADA) || has(desc.epilogue, CUBLASLT_EPILOGUE_BGRADB) ||
+               desc.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD;
+    }
+    bool adds_bias() const { return has(desc.epilogue, CUBLASLT_EPILOGUE_BIAS); }
+    bool uses_aux() const { return desc.epilogue & 128; }
+    int bias_type() const { return desc.bias_type < 0 ? dl.type : desc.bias_type; }
+    int aux_type() const { return desc.aux_type < 0 ? dl.type : desc.aux_type; }
+    int64_t bias_length() const { return bias_gradient() && !bias_of_rows() ? N() : M(); }
+    int64_t aux_length() const { return (N() - 1) * desc.aux_ld + M(); }
+
+    cublasStatus_t check_call() const {
+        if (cublasStatus_t status = check(desc, al, bl, cl, dl)) return status;
+        if (!known_type(bias_type()) || !known_type(aux_type())) return CUBLAS_STATUS_NOT_SUPPORTED;
+        if (!holds(a, al) || !holds(b, bl) || !holds(d, dl) || (beta != 0 && !holds(c, cl)) ||
+            ((adds_bias() || bias_gradient()) && !on_device(desc.bias, bias_type(), bias_length())) ||
+            (uses_aux() && (desc.aux_ld < M() || !on_device(desc.aux, aux_type(), aux_length()))))
+            return CUBLAS_STATUS_INVALID_VALUE;
+        return CUBLAS_STATUS_SUCCESS;
+    }
+    // From a matrix's first element to its last.
+    std::shared_ptr<simt::Touched> touches(const void* workspace, size_t workspace_bytes) const {
+        auto all = std::make_shared<simt::Touched>();
+        auto add = [&](const void* p, const cublasLtMatrixLayoutOpaque& m, bool writes) {
+            all->add_range(p, (at(m, m.rows - 1, m.cols - 1) + 1) * type_bytes(m.type), writes);
+        };
+        add(a, al, false), add(b, bl, false), add(d, dl, true);
+        if (beta != 0) add(c, cl, false);
+        if (adds_bias() || bias_gradient())
+            all->add_range(desc.bias, bias_length() * type_bytes(bias_type()), bias_gradient());
+        if (uses_aux()) all->add_range(desc.aux, aux_length() * type_bytes(aux_type()), !gradient());
+        if (workspace) all->add_range(workspace, workspace_bytes, true);
+        return all;
+    }
+    cudaError_t multiply() const;
+};
+
+} // namespace
+
+cudaError_t Product::multiply() const {
+    const int64_t M = this->M(), N = this->N(), K = this->K(), bias_length = this->bias_length();
+    const bool gradient = this->gradient(), forward = has(desc.epilogue, CUBLASLT_EPILOGUE_GELU),
+               bias_of_rows = this->bias_of_rows(), bias_gradient = this->bias_gradient(),
+               adds_bias = this->adds_bias(), uses_aux = this->uses_aux();
+    const int bias_type = this->bias_type(), aux_type = this->aux_type();
 
     // Dᵀ (N,M) row-major = op(B)ᵀ (N,K) · op(A)ᵀ (K,M), in pieces of N and K, so that what is widened stays small.
     const int64_t most_n = std::max<int64_t>(kMostWidened / std::max(M, std::min(K, kMostWidened / M)), 1),
@@ -266,11 +311,11 @@ static cublasStatus_t multiply(const cublasLtMatmulDescOpaque* desc, const void*
     for (Run ns = {0, std::min(most_n, N)}; ns.begin < N; ns = {ns.end, std::min(ns.end + most_n, N)}) {
         sum.resize(static_cast<size_t>(ns.size()) * M);
         for (Run ks = {0, std::min(most_k, K)}; ks.begin < K; ks = {ks.end, std::min(ks.end + most_k, K)}) {
-            if (ns.begin == 0 || ks.size() < K) right = widened(a, *al, desc->trans_a == CUBLAS_OP_N, ks, {0, M});
-            left = widened(b, *bl, desc->trans_b == CUBLAS_OP_N, ns, ks);
+            if (ns.begin == 0 || ks.size() < K) right = widened(a, al, desc.trans_a == CUBLAS_OP_N, ks, {0, M});
+            left = widened(b, bl, desc.trans_b == CUBLAS_OP_N, ns, ks);
             if (dnnl_sgemm('N', 'N', ns.size(), M, ks.size(), 1.0f, left.data(), ks.size(), right.data(), M,
                            ks.begin == 0 ? 0.0f : 1.0f, sum.data(), M) != dnnl_success)
-                return CUBLAS_STATUS_ALLOC_FAILED;
+                return cudaErrorMemoryAllocation;
             if (!bias_gradient || gradient) continue;
             for (int64_t k = 0; k < ks.size(); k++) {
                 if (bias_of_rows && ns.begin == 0)
@@ -285,35 +330,37 @@ static cublasStatus_t multiply(const cublasLtMatmulDescOpaque* desc, const void*
             float* row = sum.data() + (n - ns.begin) * M;
             for (int64_t m = 0; m < M; m++) {
                 float x = alpha * row[m];
-                if (beta != 0) x += beta * get(c, cl->type, at(*cl, m, n));
-                if (adds_bias) x += get(desc->bias, bias_type, m);
+                if (beta != 0) x += beta * get(c, cl.type, at(cl, m, n));
+                if (adds_bias) x += get(desc.bias, bias_type, m);
                 if (forward) {
-                    if (uses_aux) put(desc->aux, aux_type, n * desc->aux_ld + m, x);
+                    if (uses_aux) put(desc.aux, aux_type, n * desc.aux_ld + m, x);
                     x = gelu(x);
                 }
-                if (gradient) x *= gelu_slope(get(desc->aux, aux_type, n * desc->aux_ld + m));
+                if (gradient) x *= gelu_slope(get(desc.aux, aux_type, n * desc.aux_ld + m));
                 row[m] = x;
-                put(d, dl->type, at(*dl, m, n), x);
+                put(d, dl.type, at(dl, m, n), x);
             }
         }
         for (int64_t n = 0; bias_gradient && gradient && n < ns.size(); n++)
             for (int64_t m = 0; m < M; m++) total[m] += sum[n * M + m];
     }
     for (int64_t j = 0; bias_gradient && j < bias_length; j++)
-        put(desc->bias, bias_type, j, static_cast<float>(total[j]));
-    return CUBLAS_STATUS_SUCCESS;
+        put(desc.bias, bias_type, j, static_cast<float>(total[j]));
+    return cudaSuccess;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha_at, const void* a,
-                              cublasLtMatrixLayout_t al, const void* b, cublasLtMatrixLayout_t bl, const void* beta_at,
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void* alpha, const void* a,
+                              cublasLtMatrixLayout_t al, const void* b, cublasLtMatrixLayout_t bl, const void* beta,
                               const void* c, cublasLtMatrixLayout_t cl, void* d, cublasLtMatrixLayout_t dl,
-                              const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
-    // A graph keeps the call as it is now, whatever becomes of its descriptions.
-    float alpha = *static_cast<const float*>(alpha_at), beta = *static_cast<const float*>(beta_at);
-    auto call = [=, desc = *desc, al = *al, bl = *bl, cl = *cl, dl = *dl] {
-        return multiply(&desc, &alpha, a, &al, b, &bl, &beta, c, &cl, d, &dl);
-    };
-    if (simt::capture([=] { return call() == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorInvalidValue; }))
-        return check(*desc, *al, *bl, *cl, *dl);
-    return call();
+                              const cublasLtMatmulAlgo_t*, void* workspace, size_t workspace_bytes, cudaStream_t stream,
+                              SimtPlace place) {
+    Product p{*desc, *static_cast<const float*>(alpha), *static_cast<const float*>(beta), a, *al, b, *bl, c, *cl, d,
+              *dl};
+    if (cublasStatus_t status = p.check_call()) return status;
+    if (simt::settings().refuse_epilogues && p.desc.epilogue != CUBLASLT_EPILOGUE_DEFAULT)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    cudaError_t status =
+        simt::give(stream, {"cublasLtMatmul", place, nullptr, true, p.touches(workspace, workspace_bytes),
+                            [p](simt::Touched*) { return p.multiply(); }});
+    return status == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -31,7 +31,7 @@ struct Heap {
     uintptr_t base;
     uint32_t* slots; // number of the allocation, from 1; 0: none
     std::vector<Allocation> allocations;
-    size_t next_slot = 1, in_use[2] = {}; // by Memory
+    size_t next_slot = 1, in_use[2] = {}; // of the device, pinned
     std::mutex mutex;                     // of allocate and release; blocks only look up, while nobody allocates
 
     Heap() {
@@ -50,16 +50,18 @@ Heap& heap() {
     return only;
 }
 
+size_t& in_use(Memory memory) { return heap().in_use[memory == Memory::pinned]; }
+
 } // namespace
 
 void* allocate(size_t bytes, Memory memory, size_t limit) {
     Heap& h = heap();
     std::lock_guard lock(h.mutex);
-    size_t& in_use = h.in_use[static_cast<int>(memory)];
+    size_t& used = in_use(memory);
     size_t whole = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
     size_t pages = (whole + kPage - 1) / kPage * kPage;
     size_t count = pages / kSlotBytes + 2; // at least one page free behind it, whatever the rounding
-    if (bytes > limit || in_use > limit - bytes || h.next_slot + count >= kSlots) return nullptr;
+    if (bytes > limit || used > limit - bytes || h.next_slot + count >= kSlots) return nullptr;
     uintptr_t first = h.base + h.next_slot * kSlotBytes;
     if (mprotect(reinterpret_cast<void*>(first), pages, PROT_READ | PROT_WRITE) != 0) return nullptr;
     uintptr_t begin = first + pages - whole;
@@ -68,7 +70,7 @@ void* allocate(size_t bytes, Memory memory, size_t limit) {
     h.allocations.push_back({begin, begin + bytes, h.next_slot, memory, false});
     for (size_t i = 0; i < count; i++) h.slots[h.next_slot + i] = static_cast<uint32_t>(h.allocations.size());
     h.next_slot += count;
-    in_use += bytes;
+    used += bytes;
     return reinterpret_cast<void*>(begin);
 }
 
@@ -82,7 +84,7 @@ bool release(void* pointer) {
     Allocation& a = h.allocations[number - 1];
     if (a.begin != address || a.freed) return false;
     a.freed = true;
-    h.in_use[static_cast<int>(a.memory)] -= a.end - a.begin;
+    in_use(a.memory) -= a.end - a.begin;
     uintptr_t first = h.base + a.slot * kSlotBytes, end = (a.end + kPage - 1) / kPage * kPage;
     // Mapped anew: gives the pages back and closes them at once.
     mmap(reinterpret_cast<void*>(first), std::max(end, first + kPage) - first, PROT_NONE,
@@ -90,18 +92,18 @@ bool release(void* pointer) {
     return true;
 }
 
-size_t allocated(Memory memory) { return heap().in_use[static_cast<int>(memory)]; }
+size_t allocated(Memory memory) { return in_use(memory); }
 
 HeapAnswer look_up(uintptr_t address) {
     Heap& h = heap();
-    if (address - h.base >= kHeapBytes) return {HeapState::foreign, 0, 0};
+    if (address - h.base >= kHeapBytes) return {HeapState::foreign, 0, 0, {}};
     uint32_t number = h.slots[(address - h.base) / kSlotBytes];
-    if (!number) return {HeapState::outside, 0, 0};
+    if (!number) return {HeapState::outside, 0, 0, {}};
     const Allocation& a = h.allocations[number - 1];
     HeapState state = a.freed                                 ? HeapState::freed
                       : address >= a.begin && address < a.end ? HeapState::inside
                                                               : HeapState::outside;
-    return {state, a.begin, a.end};
+    return {state, a.begin, a.end, a.memory};
 }
 
 } // namespace simt

@@ -15,8 +15,10 @@ static inline void access(void* p, size_t bytes, Access kind, bool aligned, cons
     if (address - worker->stacks < worker->stacks_bytes) return;
     if (worker->counter) simt::count_plain(*worker, address);
     // The commonest access of all: the allocation met last, aligned.
-    if (address >= worker->allocation_begin && address + bytes <= worker->allocation_end && !(address & (bytes - 1)))
+    if (address >= worker->allocation_begin && address + bytes <= worker->allocation_end && !(address & (bytes - 1))) {
+        if (worker->touched) worker->touched->add(address, bytes, kind != Access::read);
         return;
+    }
     simt::check_access(*worker, address, bytes, kind, aligned, at);
 }
 

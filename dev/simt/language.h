@@ -8,6 +8,7 @@
 #include <math.h>
 #include <type_traits>
 
+#include "copies.h"
 #include "include/vector_types.h"
 
 #define __global__
@@ -102,26 +103,7 @@ template <class T> inline __attribute__((always_inline)) void store(T* p, const 
         store16(p, __builtin_bit_cast(Quad, value), space);
 }
 
-// Larger copies than an access: the instrumentation sees only small ones of constant size.
-void* copy_memory(void* to, const void* from, size_t bytes);
-void* set_memory(void* to, int value, size_t bytes);
-
 } // namespace simt
-
-inline __attribute__((always_inline)) void* simt_memcpy(void* to, const void* from, size_t bytes) {
-    if (__builtin_constant_p(bytes) && (bytes == 1 || bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16))
-        return __builtin_memcpy(to, from, bytes);
-    return simt::copy_memory(to, from, bytes);
-}
-inline __attribute__((always_inline)) void* simt_memset(void* to, int value, size_t bytes) {
-    return simt::set_memory(to, value, bytes);
-}
-namespace std {
-using ::simt_memcpy;
-using ::simt_memset;
-} // namespace std
-#define memcpy simt_memcpy
-#define memset simt_memset
 
 #define threadIdx (::simt::thread_index())
 #define blockIdx (::simt::block_index())

@@ -6,8 +6,7 @@
 #include "block.h"
 #include "cells.h"
 #include "language.h"
-#undef memcpy
-#undef memset
+#include "streams.h"
 
 namespace simt {
 
@@ -96,10 +95,13 @@ bool is_kernel_data(const Worker& worker, uintptr_t address, uintptr_t last) {
     return address >= reinterpret_cast<uintptr_t>(&__executable_start) && last < reinterpret_cast<uintptr_t>(&_end);
 }
 
-static void check_global(Worker& worker, uintptr_t address, size_t bytes, const void* at) {
+static void check_global(Worker& worker, uintptr_t address, size_t bytes, Access access, const void* at) {
     if (bytes == 0) return;
     uintptr_t last = address + bytes - 1;
-    if (address >= worker.allocation_begin && last < worker.allocation_end && last >= address) return;
+    auto touch = [&] {
+        if (worker.touched) worker.touched->add(address, bytes, access != Access::read);
+    };
+    if (address >= worker.allocation_begin && last < worker.allocation_end && last >= address) return touch();
     HeapAnswer answer = look_up(address);
     auto position = [&](uintptr_t where) {
         return static_cast<long long>(where) - static_cast<long long>(answer.begin);
@@ -109,7 +111,7 @@ static void check_global(Worker& worker, uintptr_t address, size_t bytes, const 
         if (last < answer.end) {
             worker.allocation_begin = answer.begin;
             worker.allocation_end = answer.end;
-            return;
+            return touch();
         }
         [[fallthrough]];
     case HeapState::outside:
@@ -141,7 +143,7 @@ void check_access(Worker& worker, uintptr_t address, size_t bytes, Access access
     if (address - worker.arena < worker.arena_bytes)
         check_shared(worker, address, bytes, access, at);
     else
-        check_global(worker, address, bytes, at);
+        check_global(worker, address, bytes, access, at);
 }
 
 void check_aligned(const void* p, size_t bytes) {
@@ -166,8 +168,10 @@ static inline void check_explicit(const void* p, size_t bytes, Access access, Sp
             count_access(*worker, address, bytes, reads ? Move::shared_load : Move::shared_store, at);
     }
     if (address >= worker->allocation_begin && address + bytes <= worker->allocation_end && !(address & (bytes - 1)) &&
-        space == Space::global)
+        space == Space::global) {
+        if (worker->touched) worker->touched->add(address, bytes, access != Access::read);
         return;
+    }
     Inside inside(*worker);
     bool shared = address - worker->arena < worker->arena_bytes;
     if (shared != (space == Space::shared))
@@ -192,8 +196,12 @@ SIMT_EXPLICIT(4, uint32_t)
 SIMT_EXPLICIT(8, uint64_t)
 SIMT_EXPLICIT(16, Quad)
 
-void* copy_memory(void* to, const void* from, size_t bytes) {
-    if (Worker* worker = running_worker; worker && bytes) {
+void* copy_memory(void* to, const void* from, size_t bytes, std::source_location place) {
+    Worker* worker = running_worker;
+    if (!worker) {
+        host_touches(from, bytes, false, "memcpy", place);
+        host_touches(to, bytes, true, "memcpy", place);
+    } else if (bytes) {
         const void* at = SIMT_CALLER;
         check_access(*worker, reinterpret_cast<uintptr_t>(from), bytes, Access::read, false, at);
         check_access(*worker, reinterpret_cast<uintptr_t>(to), bytes, Access::write, false, at);
@@ -201,8 +209,11 @@ void* copy_memory(void* to, const void* from, size_t bytes) {
     return memcpy(to, from, bytes);
 }
 
-void* set_memory(void* to, int value, size_t bytes) {
-    if (Worker* worker = running_worker; worker && bytes)
+void* set_memory(void* to, int value, size_t bytes, std::source_location place) {
+    Worker* worker = running_worker;
+    if (!worker)
+        host_touches(to, bytes, true, "memset", place);
+    else if (bytes)
         check_access(*worker, reinterpret_cast<uintptr_t>(to), bytes, Access::write, false, SIMT_CALLER);
     return memset(to, value, bytes);
 }
@@ -227,7 +238,7 @@ void cp_async(uint32_t shared, const void* global, int bytes, int from) {
     if (from) {
         if (source - worker.arena < worker.arena_bytes)
             worker.raise(FaultKind::invalid, at, "the source of a cp.async is shared memory");
-        check_global(worker, source, static_cast<size_t>(from), at);
+        check_global(worker, source, static_cast<size_t>(from), Access::read, at);
     }
     if (worker.counter) {
         if (from) count_access(worker, source, static_cast<size_t>(from), Move::global_read, at);

@@ -1,13 +1,15 @@
-// The CUDA runtime's calls: memory comes from heap.cpp; streams and events are in streams.cpp, graphs in graph.cpp.
+// The CUDA runtime's calls for memory, copies and questions; streams and events are in streams.cpp, graphs in
+// graph.cpp.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include <sys/mman.h>
 
 #include "block.h"
-#include "graph.h"
 #include "include/cuda_runtime.h"
+#include "streams.h"
 
 static cudaError_t& last_error() {
     static thread_local cudaError_t error = cudaSuccess;
@@ -42,8 +44,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         return "dependency created on uncaptured work in another stream";
     case cudaErrorCapturedEvent:
         return "operation not permitted on an event last recorded in a capturing stream";
-    case cudaErrorNotReady:
-        return "device not ready";
+    case cudaErrorLaunchFailure:
+        return "unspecified launch failure";
     }
     return "unrecognized error code";
 }
@@ -102,7 +104,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     }
     return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return done(simt::finish_streams()); }
+cudaError_t cudaDeviceSynchronize() {
+    return done(simt::capturing() ? cudaErrorStreamCaptureUnsupported : simt::wait_for_all());
+}
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
     *total = simt::settings().device_bytes;
     *available = *total - std::min(*total, simt::allocated(simt::Memory::device));
@@ -119,28 +123,41 @@ static cudaError_t allocate(void** pointer, size_t bytes, simt::Memory memory, s
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
     return allocate(pointer, bytes, simt::Memory::device, simt::settings().device_bytes);
 }
-// As the driver does, it waits for everything that might use the memory.
-cudaError_t cudaFree(void* pointer) {
-    if (!pointer) return cudaSuccess;
-    if (cudaError_t status = simt::finish_streams()) return done(status);
+static cudaError_t release(void* pointer) {
     return done(simt::release(pointer) ? cudaSuccess : cudaErrorInvalidDevicePointer);
 }
+// It waits for everything that might use the memory, as the programming guide says.
+cudaError_t cudaFree(void* pointer) {
+    if (!pointer) return cudaSuccess;
+    if (cudaError_t status = simt::wait_for_all()) return done(status);
+    return release(pointer);
+}
 // Kernels may read pinned and managed memory, so it lies in the same heap.
-cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
+cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
+    return allocate(pointer, bytes, simt::Memory::managed, simt::settings().device_bytes);
+}
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) {
     return allocate(pointer, bytes, simt::Memory::pinned, simt::settings().pinned_bytes);
 }
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return cudaMallocHost(pointer, bytes); }
-cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+// Nothing promises that it waits.
+cudaError_t cudaFreeHost(void* pointer, SimtPlace place) {
+    if (!pointer) return cudaSuccess;
+    simt::host_releases(pointer, "cudaFreeHost", place);
+    return release(pointer);
+}
 
 // Whether the device side of a copy is one allocation that holds all of it.
 static bool on_device(const void* p, size_t bytes) {
     simt::HeapAnswer answer = simt::look_up(reinterpret_cast<uintptr_t>(p));
     return answer.state == simt::HeapState::inside && answer.end - reinterpret_cast<uintptr_t>(p) >= bytes;
 }
-// What the runtime does not know is the host's.
+// What the runtime does not know is the host's, and pageable.
 static bool on_host(const void* p) {
     return simt::look_up(reinterpret_cast<uintptr_t>(p)).state == simt::HeapState::foreign;
+}
+static bool only_on_device(const void* p) {
+    return simt::look_up(reinterpret_cast<uintptr_t>(p)).memory == simt::Memory::device && !on_host(p);
 }
 
 static bool can_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
@@ -151,25 +168,48 @@ static bool can_copy(void* to, const void* from, size_t bytes, cudaMemcpyKind ki
     return (!to_device || on_device(to, bytes)) && (!from_device || on_device(from, bytes));
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    if (bytes == 0) return cudaSuccess;
-    if (!can_copy(to, from, bytes, kind)) return done(cudaErrorInvalidValue);
-    memmove(to, from, bytes);
-    return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-    if (bytes == 0) return cudaSuccess;
-    // Host memory may be gone when the graph runs.
-    const bool stays =
-        kind == cudaMemcpyDeviceToDevice || (kind == cudaMemcpyDefault && !on_host(to) && !on_host(from));
-    if (simt::takes_part(stream) && !stays) return done(cudaErrorStreamCaptureUnsupported);
-    if (!can_copy(to, from, bytes, kind)) return done(cudaErrorInvalidValue);
-    return done(simt::give(stream, [=] { return cudaMemcpy(to, from, bytes, kind); }));
+// In the order of the stream, and never from memory that the caller may change: what comes from pageable memory is
+// taken now.
+static cudaError_t give_copy(const char* what, void* to, const void* from, size_t bytes, cudaStream_t stream,
+                             SimtPlace place) {
+    auto touches = std::make_shared<simt::Touched>();
+    touches->add_range(from, bytes, false);
+    touches->add_range(to, bytes, true);
+    std::shared_ptr<char[]> taken;
+    if (on_host(from)) {
+        taken = std::make_shared_for_overwrite<char[]>(bytes);
+        memcpy(taken.get(), from, bytes);
+    }
+    auto copy = [=](simt::Touched*) {
+        memmove(to, taken ? taken.get() : from, bytes);
+        return cudaSuccess;
+    };
+    return simt::give(stream, {what, place, nullptr, false, touches, copy});
 }
 
-cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, SimtPlace place) {
     if (bytes == 0) return cudaSuccess;
-    if (!on_device(to, bytes)) return done(cudaErrorInvalidValue);
+    if (simt::capturing()) return done(cudaErrorStreamCaptureUnsupported);
+    if (!can_copy(to, from, bytes, kind)) return done(cudaErrorInvalidValue);
+    // From pageable memory it waits before it takes what is there, and not for the copy's end; among the device's own
+    // memory it does not wait at all.
+    const bool stages = on_host(from) && !on_host(to), inside = only_on_device(from) && only_on_device(to);
+    if (stages)
+        if (cudaError_t status = simt::wait_for(nullptr)) return done(status);
+    if (cudaError_t status = give_copy("cudaMemcpy", to, from, bytes, nullptr, place)) return done(status);
+    return done(stages || inside ? cudaSuccess : simt::wait_for(nullptr));
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream,
+                            SimtPlace place) {
+    if (bytes == 0) return cudaSuccess;
+    // Host memory may be gone when the graph runs.
+    if (simt::takes_part(stream) && (on_host(to) || on_host(from))) return done(cudaErrorStreamCaptureUnsupported);
+    if (!can_copy(to, from, bytes, kind)) return done(cudaErrorInvalidValue);
+    if (cudaError_t status = give_copy("cudaMemcpyAsync", to, from, bytes, stream, place)) return done(status);
+    return done(on_host(to) ? simt::wait_for(stream) : cudaSuccess);
+}
+
+static cudaError_t fill(void* to, int value, size_t bytes) {
     // Huge and zero: whole pages are given back instead, and come again as zeros when touched.
     constexpr size_t kHuge = size_t{64} << 20, kPage = 4096;
     if (value == 0 && bytes > kHuge) {
@@ -182,9 +222,23 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
         memset(to, value, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-    if (bytes > 0 && !on_device(to, bytes)) return done(cudaErrorInvalidValue);
-    return done(simt::give(stream, [=] { return cudaMemset(to, value, bytes); }));
+static cudaError_t give_fill(const char* what, void* to, int value, size_t bytes, cudaStream_t stream,
+                             SimtPlace place) {
+    if (bytes == 0) return cudaSuccess;
+    if (!on_device(to, bytes)) return done(cudaErrorInvalidValue);
+    auto touches = std::make_shared<simt::Touched>();
+    touches->add_range(to, bytes, true);
+    return done(simt::give(
+        stream, {what, place, nullptr, false, touches, [=](simt::Touched*) { return fill(to, value, bytes); }}));
+}
+// Waits for its end only where the host may look.
+cudaError_t cudaMemset(void* to, int value, size_t bytes, SimtPlace place) {
+    if (simt::capturing()) return done(cudaErrorStreamCaptureUnsupported);
+    if (cudaError_t status = give_fill("cudaMemset", to, value, bytes, nullptr, place)) return status;
+    return done(only_on_device(to) ? cudaSuccess : simt::wait_for(nullptr));
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream, SimtPlace place) {
+    return give_fill("cudaMemsetAsync", to, value, bytes, stream, place);
 }
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <thread>
 
@@ -18,9 +19,9 @@
 
 #include "block.h"
 #include "cells.h"
-#include "graph.h"
 #include "include/cuda_runtime.h"
 #include "signals.h"
+#include "streams.h"
 
 namespace simt {
 
@@ -418,6 +419,8 @@ const char* fault_name(FaultKind kind) {
         return "misaligned access";
     case FaultKind::invalid:
         return "invalid operand";
+    case FaultKind::unordered:
+        return "unordered operations";
     }
     return "";
 }
@@ -428,6 +431,8 @@ Fault::Fault(FaultKind kind, std::string kernel, std::string file, int line, uin
                 ", block " + triple(block) + ", thread " + triple(thread) + ": " + text),
       kind(kind), kernel(std::move(kernel)), file(std::move(file)), text(std::move(text)), line(line), block(block),
       thread(thread) {}
+Fault::Fault(FaultKind kind, std::string text)
+    : RunFailed(std::string(fault_name(kind)) + ": " + text), kind(kind), text(std::move(text)) {}
 
 constinit const bool kPresent = true;
 
@@ -461,51 +466,31 @@ std::function<std::vector<uint64_t>(uint64_t)> some_blocks(uint64_t each, std::v
     };
 }
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*entry)(const void*),
-                   const void* parameters, size_t parameter_bytes) {
+// The blocks of `order`, noting what they touch if somebody wants to know.
+static cudaError_t run_grid(const Grid& g, const std::vector<uint64_t>& order, Touched* touched) {
     const Settings& set = settings();
-    uint64_t threads = uint64_t{block.x} * block.y * block.z;
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
-        threads == 0 || threads > kMaxThreads || block.z > 64 || shared_bytes > set.shared_per_block)
-        return cudaErrorInvalidConfiguration;
-    if (shared_bytes > kSharedBytes) return cudaErrorInvalidConfiguration;
-    if (capturing()) {
-        auto kept = std::make_shared<std::vector<std::max_align_t>>(parameter_bytes / sizeof(std::max_align_t) + 1);
-        memcpy(kept->data(), parameters, parameter_bytes);
-        capture([=] { return launch(kernel, grid, block, shared_bytes, entry, kept->data(), parameter_bytes); });
-        return cudaSuccess;
-    }
-    note_launch(kernel, threads, shared_bytes);
-    uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
-    Grid g{kernel, grid, block, shared_bytes, entry, static_cast<const char*>(parameters), parameter_bytes, set.seed};
-    std::vector<uint64_t> order;
-    if (set.blocks)
-        order = set.blocks(count);
-    else {
-        if (count > 1u << 26)
-            throw RunFailed("simt: a grid of " + std::to_string(count) + " blocks; choose some with Settings::blocks");
-        order.resize(count);
-        std::iota(order.begin(), order.end(), 0);
-    }
-    uint64_t random = mix(set.seed);
-    for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[(random = mix(random)) % i]);
-
     std::atomic<size_t> next{0};
     std::atomic<bool> stop{false};
     Report report;
     SignalHandlers handlers;
     LaunchCount counted;
+    std::mutex merging;
     auto work = [&](size_t most) {
         static thread_local std::unique_ptr<Worker> own;
         if (!own) own = std::make_unique<Worker>();
         own->allocation_begin = own->allocation_end = 0;
         own->counter = set.count ? std::make_unique<Counter>() : nullptr;
+        Touched here;
+        own->touched = touched ? &here : nullptr;
         SignalStack stack;
         for (size_t i, ran = 0; ran < most && !stop && (i = next++) < order.size(); ran++) {
             own->run_block(g, order[i]);
             if (own->report.raised && !stop.exchange(true)) report = own->report;
         }
         if (own->counter) counted.add(*own->counter);
+        own->touched = nullptr;
+        std::lock_guard lock(merging);
+        if (touched) touched->merge(here);
     };
     // Waking the other workers costs as much as a few small blocks: the first block tells whether it is worth it.
     constexpr std::chrono::microseconds kWorthSharing{1000};
@@ -520,11 +505,43 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
     }
     if (report.raised) {
         Place place = find_place(report.at);
-        throw Fault(report.kind, function_name(kernel), place.file, place.line, report.block, report.thread,
+        throw Fault(report.kind, function_name(g.kernel), place.file, place.line, report.block, report.thread,
                     report.text);
     }
-    if (set.count) record_traffic(kernel, counted);
+    if (set.count) record_traffic(g.kernel, counted);
     return cudaSuccess;
+}
+
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   void (*entry)(const void*), const void* parameters, size_t parameter_bytes) {
+    const Settings& set = settings();
+    uint64_t threads = uint64_t{block.x} * block.y * block.z;
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
+        threads == 0 || threads > kMaxThreads || block.z > 64 || shared_bytes > set.shared_per_block)
+        return cudaErrorInvalidConfiguration;
+    if (shared_bytes > kSharedBytes) return cudaErrorInvalidConfiguration;
+    uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+    if (!set.blocks && count > 1u << 26)
+        throw RunFailed("simt: a grid of " + std::to_string(count) + " blocks; choose some with Settings::blocks");
+    note_launch(kernel, threads, shared_bytes);
+    // Whatever becomes of the parameters, the seed and the choice of blocks until it runs.
+    auto kept = std::make_shared<std::vector<std::max_align_t>>(parameter_bytes / sizeof(std::max_align_t) + 1);
+    memcpy(kept->data(), parameters, parameter_bytes);
+    auto run = [=, seed = set.seed, blocks = set.blocks](Touched* touched) {
+        Grid g{kernel,          grid, block, shared_bytes, entry, reinterpret_cast<const char*>(kept->data()),
+               parameter_bytes, seed};
+        std::vector<uint64_t> order;
+        if (blocks)
+            order = blocks(count);
+        else {
+            order.resize(count);
+            std::iota(order.begin(), order.end(), 0);
+        }
+        uint64_t random = mix(seed);
+        for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[(random = mix(random)) % i]);
+        return run_grid(g, order, touched);
+    };
+    return give(stream, {"kernel", {}, kernel, true, nullptr, run});
 }
 
 } // namespace simt

@@ -1,5 +1,5 @@
 // What tests say to the simulator and hear from it. Kernels never include this. Builds without the simulator have
-// kPresent, settings() and some_blocks() from without_simulator.cpp, so that a test is compiled once for all builds of
+// what they call of it from without_simulator.cpp, so that a test is compiled once for all builds of
 // a precision.
 #pragma once
 #include <cstdint>
@@ -23,18 +23,20 @@ enum class FaultKind {
     unwritten_read,    // shared memory that nobody wrote, or whose cp.async has not been waited for
     out_of_bounds,     // outside of shared memory, of every device allocation, or in one that was freed
     misaligned,        // an access that is not at a multiple of its size
-    invalid            // an operand that the instruction does not take
+    invalid,           // an operand that the instruction does not take
+    unordered          // two operations in streams, or of the host, at the same memory, with nothing that orders them
 };
 const char* fault_name(FaultKind kind);
 
-// Thrown by launch(). what() is one line with all of it.
+// Thrown by launch() and by whatever else lets work run. what() is one line with all of it.
 struct Fault : RunFailed {
     FaultKind kind;
     std::string kernel, file, text;
-    int line;
-    uint3 block, thread;
+    int line = 0;
+    uint3 block{}, thread{}; // not of unordered operations
 
     Fault(FaultKind kind, std::string kernel, std::string file, int line, uint3 block, uint3 thread, std::string text);
+    Fault(FaultKind kind, std::string text);
 };
 
 // Of the process; read at every launch.
@@ -49,6 +51,9 @@ struct Settings {
     // Which blocks of a launch run, by linear index, given how many the grid has; null: all. For grids too large to
     // run.
     std::function<std::vector<uint64_t>(uint64_t)> blocks;
+
+    // Of cuBLASLt: products with an epilogue are refused when they are to run, though a kernel was found for them.
+    bool refuse_epilogues = false;
 
     bool count; // traffic, below; at the start whether SIMT_PROFILE names a file
 };

@@ -69,7 +69,8 @@ std::vector<Place> cached_frames(const void* address) {
 
 // Files whose lines say less than their callers'.
 bool is_plumbing(const std::string& file) {
-    for (const char* name : {"device.h", "ptx.h", "types.h", "launch.h", "language.h", "tuple", "invoke.h", "cmath"})
+    for (const char* name :
+         {"device.h", "ptx.h", "types.h", "launch.h", "language.h", "copies.h", "tuple", "invoke.h", "cmath"})
         if (file == name) return true;
     return false;
 }

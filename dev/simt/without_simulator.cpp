@@ -1,4 +1,4 @@
-// What tests find of the simulator in builds that have none: settings that nobody reads.
+// What tests find of the simulator in builds that have none: settings that nobody reads, and no traffic.
 #include "simt.h"
 
 namespace simt {
@@ -11,5 +11,8 @@ Settings& settings() {
 }
 
 std::function<std::vector<uint64_t>(uint64_t)> some_blocks(uint64_t, std::vector<uint64_t>) { return {}; }
+
+Traffic traffic_of(const std::string&) { return {}; }
+void reset_traffic() {}
 
 } // namespace simt

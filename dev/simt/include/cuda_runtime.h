@@ -1,9 +1,13 @@
-// Stand-in for the CUDA runtime in the simt build: one device, whose memory is the machine's behind guard pages.
-// The oldest stream does everything at once, others as late as events allow (streams.cpp).
+// Stand-in for the CUDA runtime in the simt build: one device, whose memory is the machine's behind guard pages. What
+// streams are given runs at any time that their rules allow (streams.cpp). Calls know where they stand, for reports.
 #pragma once
 #include <cstddef>
+#include <source_location>
 
+#include "../copies.h"
 #include "vector_types.h"
+
+#define CUDART_VERSION 13000
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -13,7 +17,7 @@ enum cudaError_t {
     cudaErrorInvalidDevicePointer = 17,
     cudaErrorInvalidDevice = 101,
     cudaErrorInvalidResourceHandle = 400,
-    cudaErrorNotReady = 600,
+    cudaErrorLaunchFailure = 719,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureUnjoined = 904,
     cudaErrorStreamCaptureIsolation = 905,
@@ -45,6 +49,10 @@ constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
 constexpr unsigned cudaHostAllocDefault = 0;
 
+// Where a call stands in the source; never given by hand.
+using SimtPlace = std::source_location;
+#define SIMT_PLACE SimtPlace place = SimtPlace::current()
+
 using cudaStream_t = struct CUstream_st*;
 using cudaEvent_t = struct CUevent_st*;
 using cudaGraph_t = struct CUgraph_st*;
@@ -75,7 +83,7 @@ cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned flags = 1);
 cudaError_t cudaFree(void* pointer);
 cudaError_t cudaMallocHost(void** pointer, size_t bytes);
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags);
-cudaError_t cudaFreeHost(void* pointer);
+cudaError_t cudaFreeHost(void* pointer, SIMT_PLACE);
 template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) {
     return cudaMalloc(reinterpret_cast<void**>(pointer), bytes);
 }
@@ -83,24 +91,21 @@ template <class T> cudaError_t cudaMallocHost(T** pointer, size_t bytes) {
     return cudaMallocHost(reinterpret_cast<void**>(pointer), bytes);
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, SIMT_PLACE);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t stream = nullptr);
-cudaError_t cudaMemset(void* to, int value, size_t bytes);
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
+                            cudaStream_t stream = nullptr, SIMT_PLACE);
+cudaError_t cudaMemset(void* to, int value, size_t bytes, SIMT_PLACE);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr, SIMT_PLACE);
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
-cudaError_t cudaEventCreate(cudaEvent_t* event);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
-cudaError_t cudaEventQuery(cudaEvent_t event);
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end);
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
@@ -124,9 +129,10 @@ template <class... P> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(
 
 namespace simt {
 
-// Runs entry(parameters) once for every thread of the grid. Throws Fault.
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*entry)(const void*),
-                   const void* parameters, size_t parameter_bytes);
+// Gives the stream a run of entry(parameters) for every thread of the grid. Throws Fault: for this launch where
+// launches wait for their end, else for any that ran meanwhile.
+cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   void (*entry)(const void*), const void* parameters, size_t parameter_bytes);
 const void* running_kernel();
 
 } // namespace simt
