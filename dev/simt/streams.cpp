@@ -247,6 +247,7 @@ std::string Machine::name(const Given& given, size_t timeline) const {
 
 void Machine::raise(const std::string& mine, const std::string& theirs, const simt::Meeting& met) {
     const simt::HeapAnswer memory = simt::look_up(met.begin);
+    drop_everything();
     throw simt::Fault(simt::FaultKind::unordered,
                       simt::text("%s %s, and %s %s, bytes %zu to %zu of an allocation of %zu, and nothing orders them",
                                  theirs.c_str(), met.second_writes ? "writes" : "reads", mine.c_str(),
@@ -316,11 +317,8 @@ void host_releases(const void* p, const char* what, std::source_location at) {
     m.for_streams([&](Stream& stream) {
         for (const auto* queue : {&stream.ran, &stream.waiting})
             for (const Given& other : *queue)
-                if (auto met = other.operation.touches ? all.meets(*other.operation.touches) : std::nullopt) {
-                    const std::string mine = m.name(released, kHost), theirs = m.name(other, stream.timeline);
-                    m.drop_everything();
-                    m.raise(mine, theirs, *met);
-                }
+                if (auto met = other.operation.touches ? all.meets(*other.operation.touches) : std::nullopt)
+                    m.raise(m.name(released, kHost), m.name(other, stream.timeline), *met);
     });
 }
 
@@ -356,7 +354,6 @@ cudaError_t end_capture(cudaStream_t, Steps& steps) {
 cudaError_t run_steps(const Steps& steps, cudaStream_t stream, std::vector<cudaStream_t>& branches) {
     Machine& m = machine();
     if (m.takes_part(stream)) return cudaErrorStreamCaptureUnsupported;
-    const Clock begin = m.before(m.stream(stream));
     std::vector<Clock> events;
     auto branch = [&](size_t number) -> cudaStream_t {
         if (number == 0) return stream;
@@ -365,7 +362,6 @@ cudaError_t run_steps(const Steps& steps, cudaStream_t stream, std::vector<cudaS
     };
     for (const Step& step : steps) {
         Stream& s = m.stream(branch(step.branch));
-        if (step.branch) join(s.clock, begin);
         if (step.kind == Step::Kind::record)
             events.push_back(m.before(s));
         else if (step.kind == Step::Kind::wait)

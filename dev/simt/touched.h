@@ -28,7 +28,7 @@ public:
 
     void add(uintptr_t address, size_t bytes, bool writes) {
         const uintptr_t first = address / kWord, last = (address + bytes - 1) / kWord, page = first / kWords;
-        Page*& recent = recent_[page % recent_.size()];
+        Page*& recent = recent_[(page ^ page / recent_.size()) % recent_.size()]; // allocations begin at like pages
         if (recent && recent->number == page && last / kWords == page)
             recent->bits[writes] |= words(first % kWords, last % kWords);
         else
@@ -49,7 +49,7 @@ private:
 
     std::vector<Range> ranges_;
     std::unordered_map<uintptr_t, Page> pages_;
-    std::array<Page*, 64> recent_{}; // by number
+    std::array<Page*, 64> recent_{};
 
     static uint64_t words(uintptr_t first, uintptr_t last) { return ~uint64_t{0} >> (63 - (last - first)) << first; }
     void add_slowly(uintptr_t first, uintptr_t last, bool writes, Page*& recent);
