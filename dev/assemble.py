@@ -72,11 +72,11 @@ def run(command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def assemble(nvcc, flags, source, precision, arch, run):
-    """(kernels, "") or ([], what nvcc said)."""
+def assemble(nvcc, flags, source, precision, arch, run, cubin=None):
+    """(kernels, "") or ([], what nvcc said). cubin: a path that gets the machine code."""
     with tempfile.TemporaryDirectory(prefix="longhand_nvcc_") as folder:
         done = run([nvcc, *flags, *PRECISIONS[precision], f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
-                    "-Xptxas", "-v", "-o", f"{folder}/out.cubin", str(source)])
+                    "-Xptxas", "-v", "-o", str(cubin or f"{folder}/out.cubin"), str(source)])
     said = done.stdout + done.stderr
     if done.returncode or "warning" in said:
         return [], said[:3000]
@@ -142,9 +142,9 @@ def jobs(sources, archs):
             if precision == "bf16" or (arch == archs[0] and source.parent.name != "ladder")]
 
 
-def check(nvcc, flags, source, precision, arch, run=run):
+def check(nvcc, flags, source, precision, arch, run=run, cubin=None):
     """(kernels, what is wrong): it does not assemble, or attention spills."""
-    kernels, problem = assemble(nvcc, flags, source, precision, arch, run)
+    kernels, problem = assemble(nvcc, flags, source, precision, arch, run, cubin)
     for kernel in kernels:
         if source.name.startswith("attention") and (kernel.spills or kernel.stack):
             problem += f"{kernel.name} spills {kernel.spills} bytes, {kernel.stack} bytes of local memory\n"

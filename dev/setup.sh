@@ -40,3 +40,12 @@ if [[ $1 != build ]] && ! cmp -s requirements.txt .venv/installed.txt; then
     .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/installed.txt
 fi
+
+# Where kernels are assembled, dev/sass.py counts their instructions: 5 MB, unless the toolkit has the disassembler.
+if [[ $1 == test ]]; then
+    nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)
+    if [[ -n $nvcc && ! -x ${nvcc%/nvcc}/nvdisasm ]] && ! ls .venv/lib/python3*/site-packages/nvidia/cu*/bin/nvdisasm >/dev/null 2>&1; then
+        .venv/bin/pip install --quiet --disable-pip-version-check nvidia-cuda-nvdisasm==13.5.37 ||
+            echo "setup: no nvdisasm from PyPI; instructions will not be counted"
+    fi
+fi

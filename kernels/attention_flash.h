@@ -37,14 +37,13 @@ template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, 
 
 // ---- The scratch of the backward pass: statistics first, then dQ's sums; both multiples of 64 bytes ----
 
-struct Statistics { // of a query, for its exponential and its dS
-    float lse, delta;
-};
+// Is dQ's order left open, and is there a kernel that makes use of it? attention_backward_partial has none.
+inline bool adds_in_any_order(const AttentionShape& s) { return !s.deterministic && s.D == 64; }
 
 // Heads that are worked on together: all, or those whose sums for dQ may be held at once.
 inline int64_t heads_at_once(const AttentionShape& s) {
     int64_t sums = s.B * s.Tq * s.D * static_cast<int64_t>(sizeof(float)); // of a head
-    if (s.deterministic || sums == 0 || s.H <= 1) return s.H;
+    if (!adds_in_any_order(s) || sums == 0 || s.H <= 1) return s.H;
     return std::clamp<int64_t>(s.most_sums / sums, 1, s.H);
 }
 // Heads first .. first + count of a call.
@@ -58,8 +57,8 @@ inline int64_t rows_of(const AttentionShape& s) { return (s.B * s.H * s.Tq + 15)
 // 8 bytes a query and head for Δ and LSE; where the order may be any 4·D more for dQ's sums, of no more heads at a time
 // than shape.most_sums holds.
 inline size_t backward_scratch(const AttentionShape& s) {
-    size_t sums = s.deterministic ? 0 : s.D * sizeof(float);
-    return rows_of(group_of(s, heads_at_once(s))) * (sizeof(Statistics) + sums);
+    const int64_t floats = 2 + (adds_in_any_order(s) ? s.D : 0);
+    return rows_of(group_of(s, heads_at_once(s))) * floats * sizeof(float);
 }
 
 } // namespace flash

@@ -135,7 +135,7 @@ template <int D, bool Small, class Out> void run(Stream stream, Heads<Out> o, fl
                                                  const AttentionShape& shape) {
     constexpr Tile tile = forward_tile<D>(Small);
     constexpr int kShared = tile_bytes<D>(tile.rows + tile.slots * tile.columns) + tile.rows * 4;
-    static_assert(kShared <= (Small ? kSmallSharedBytes : kLargeSharedBytes));
+    static_assert(kShared <= (Small ? kSmallSharedBytes : kMediumSharedBytes));
     static_assert(!Small || D == 256 || 2 * (kShared + 1024) <= kSmallSharedBytes + 1024);
     View view = view_of(shape, scale, shape.Tq, tile.rows);
     if (view.tiles == 0 || view.heads == 0) return;

@@ -28,6 +28,7 @@ struct Tile {
     int slots;         // of the ring through which the other axis passes
     int sharing = 1;   // warps that share the same rows and divide their work
 
+    bool operator==(const Tile&) const = default;
     constexpr int threads() const { return warps * kWarpSize; }
     constexpr int blocks() const { return 8 / warps; } // of an SM: 8 warps of 255 registers fill it
     constexpr int warp_rows() const { return rows * sharing / warps; }
@@ -52,27 +53,10 @@ template <int D> constexpr Tile forward_tile(bool small) {
     if (D == 128) return small ? Tile{64, 64, 4, 2} : Tile{128, 64, 4, 3};
     return small ? Tile{128, 32, 8, 2} : Tile{128, 64, 8, 3};
 }
-// Backward: the kernels keep two operands in shared memory and pass the two others through the ring, together. 32
-// columns, because S and dP are alive at once beside one or two sums of D columns. Two slots fit 99 KB up to D = 128.
-//   D = 32    128×32   4 warps   dQ alone, or dK and dV: 64 registers, S and dP: 64            25 KB, 2 by registers
-//   D = 64    128×32   4 warps   128 registers beside S and dP                                 49 KB, 2 by registers
-//   D = 80    128×32   8 warps   16 rows a warp: with 32, dK and dV alone would have 160       61 KB, 1 by registers
-//   D = 128   128×32   8 warps   with 32 rows a warp, they would have 256                      97 KB, 1
-//   D = 256   64×32    8 warps   even 16 rows would have 256: two warps share them            129 KB, 1
-// With dQ's part beside dK and dV, 8 warps for D = 64 too (4 were tried and spilled), 8 KB more and, for D = 256, 4.
-//
-// What D = 256 costs. 16 rows a warp in all kernels: shared memory is the limit. In dk_dv one of the two warps keeps dV
-// and the other dK, so both need S: 5 products where 4 would do, and the two warps of each quarter of an SM are one of
-// either kind. Halves of D instead would take 4, but P and dS would pass through shared memory, for which 99 KB have no
-// room. In dq each warp takes half of the columns, and they add what they have at the end. Where a block has 99 KB
-// there is one slot: a tile's loads and products take turns.
-template <int D> constexpr Tile backward_tile(bool small, bool with_dq) {
-    if (D == 256) return {64, 32, 8, small ? 1 : 2, 2};
-    return {128, 32, D == 32 || (D == 64 && !with_dq) ? 4 : 8, 2};
-}
 
-constexpr int kSmallSharedBytes = 99 * 1024;  // of a block, on cards of compute capability 8.6, 8.9 and 12.0
-constexpr int kLargeSharedBytes = 163 * 1024; // on all others, or more
+constexpr int kSmallSharedBytes = 99 * 1024;   // of a block, on cards of compute capability 8.6, 8.9 and 12.0
+constexpr int kMediumSharedBytes = 163 * 1024; // on all others, or more
+constexpr int kLargeSharedBytes = 227 * 1024;  // on cards of compute capability 9.0 and 10.0
 
 inline size_t shared_per_block() {
     int device = 0, bytes = 0;
@@ -179,7 +163,7 @@ struct Span {
 // differ mod 8. Three kinds of access ask for 8 chunks, or parts of them, together:
 //   - each 8×8 matrix of an ldmatrix, with trans or without: the same chunk of rows 8n .. 8n + 7;
 //   - 8 neighbouring lanes of a cp.async: 8 chunks of a row, 4 of two rows or 2 of four;
-//   - the stores of dSᵀ (rows of 64 bytes), 4 bytes a lane: a warp writes the same chunk of rows 8n .. 8n + 7.
+//   - the stores of Pᵀ and dSᵀ (rows of 32 or 64 queries), 4 bytes a lane: the same chunk of rows 8n .. 8n + 7.
 // Row r starts at place r·D/8, so that the same chunk of 8 rows would meet itself mod 8. Chunk c therefore lies at
 // place c XOR bits(r) of its row, where bits tell apart the rows that start at the same place mod 8:
 //   D = 64, 128, 256   all rows start at 0: r % 8
@@ -189,7 +173,7 @@ struct Span {
 // conflicts, and the compiler checks it (static_asserts below). All bits are the same 8 rows further on, so that
 // offsets from there on are constants.
 //
-// The main loops' other accesses need none of this. Statistics are 16 bytes for each of the 4 pairs, the same for all
+// The main loops' other accesses need none of this. Statistics are 8 bytes for each of the 4 pairs, the same for all
 // groups; a row's bound is a word for each of 8 neighbouring rows, the same for the pairs: 64 and 32 bytes in a row.
 template <int D> struct Swizzle {
     static constexpr uint32_t row_bytes = D * sizeof(bf16);
@@ -314,11 +298,11 @@ template <int M, int N> __device__ __forceinline__ void clear(float (&c)[M][N][4
 }
 
 // s (16·M,8·N) := A·Bᵀ. a: tile whose first 16·M rows are the warp's; b: tile of 8·N rows.
-template <int D, int M, int N>
-__device__ __forceinline__ void scores(float (&s)[M][N][4], uint32_t a, uint32_t b, const Lane<D>& lane) {
+template <int D, int Unroll = D<256 ? D / 16 : 4, int M, int N> __device__ __forceinline__ void scores(
+                     float (&s)[M][N][4], uint32_t a, uint32_t b, const Lane<D>& lane) {
     clear(s);
     // Unrolled whole, D = 256 holds so many addresses and fragments ahead of use that sums spill.
-#pragma unroll(D < 256 ? D / 16 : 4)
+#pragma unroll(Unroll)
     for (int k = 0; k < D / 16; k++) {
         uint32_t left[M][4];
 #pragma unroll

@@ -23,12 +23,13 @@
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Is this compiled for an architecture with only 99 KB of shared memory a block? Kernels that need more are never
-// launched there, and may leave their bodies empty.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
-constexpr bool kSmallShared = true;
+// Is this compiled for an architecture with only 99 KB of shared memory a block, or for one with more? dev/simt is
+// either. Kernels that are never launched there may leave their bodies empty.
+#ifdef __CUDA_ARCH__
+constexpr bool kSmallShared = __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200;
+constexpr bool kLargeShared = !kSmallShared;
 #else
-constexpr bool kSmallShared = false;
+constexpr bool kSmallShared = false, kLargeShared = false;
 #endif
 
 // The block's shared memory, 128-byte aligned: as many bytes as launch() was given, and undefined until written.

@@ -45,6 +45,7 @@ struct Options {
     int64_t max_skips = 10; // skipped updates in a row that end the run
     std::string optimizer = "adamw", state = "fp32", state_embeddings = "fp32", state_floor = "on";
     std::string master = "fp32", grad = "fp32";
+    std::string deterministic = "on";
     // memory; what is left open is chosen to fit (runtime/plan.h)
     std::string recompute;           // none, block, full, or empty
     int64_t chunk = 0;               // 0: chosen

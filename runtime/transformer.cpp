@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <type_traits>
 
@@ -78,6 +79,7 @@ Setup make_setup(const Options& options, int64_t T) {
     if (options.eval == "sample" || (setup.training && options.sample_every))
         setup.cached_rows = prompt + options.sample_tokens;
     setup.cached_rows = std::min(setup.cached_rows, T);
+    setup.deterministic = options.deterministic == "on";
     setup.weights = training_memory(options);
     setup.activations = activation_memory(options);
     // --out is made when the run begins, and what waits on the host is no file of the run: any folder of that disk will
@@ -162,6 +164,13 @@ void Transformer::place_activations() {
 }
 
 void Transformer::allocate() {
+    if (training_ && !setup_.deterministic) {
+        const Target& target = device_.target;
+        const bool matters = target.cuda && target.real_bytes == sizeof(bf16) && C_ / H_ == 64;
+        fprintf(stderr, "warning: --deterministic off%s\n",
+                matters ? ": this run cannot be repeated to the bit"
+                        : " changes nothing here: only a bf16 build on a GPU, with heads of 64, has a faster order");
+    }
     arena_.commit();
     residuals_.allocate(setup_.folder);
     if (params_.host_bytes()) host_ = std::make_unique<HostStore>(device_, setup_.folder, params_.host_bytes());
@@ -241,6 +250,7 @@ AttentionShape Transformer::attention_shape(int64_t B, int64_t start, int64_t T,
     shape.B = B, shape.Tq = T, shape.Tk = start + T, shape.H = H, shape.D = C_ / H_;
     shape.q_offset = start;
     shape.lse_batch = H_ * T;
+    shape.deterministic = setup_.deterministic;
     return shape;
 }
 

@@ -42,6 +42,7 @@ Header make_header(int32_t magic, const ModelSizes& sizes, FileType type);
 struct Setup {
     int64_t B, T; // largest batch, context
     bool training;
+    bool deterministic = true;
     int64_t cached_rows = 0; // tokens of a sequence that next_logits() can go through
     TrainingMemory weights = {};
     ActivationMemory activations = {};

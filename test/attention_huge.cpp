@@ -236,17 +236,17 @@ static_assert(kQueries * kCrowd > int64_t(1) << 31);
 TEST_CASE("more than 2^31 queries in all heads" * doctest::test_suite(kSimulated ? "" : "long")) {
     check_crowd(Crowd::of(1, kQueries, kCrowd, 32, true), true);
     if (!kSimulated) return;
-    check_crowd(Crowd::of(1, kQueries, kCrowd, 32, false), true);
+    check_crowd(Crowd::of(1, kQueries, kCrowd, 64, false), true);
     // The index of a query's document too.
     check_crowd(Crowd::of(kCrowd, kQueries, 1, 32, true), true);
-    check_crowd(Crowd::of(kCrowd, kQueries, 1, 32, false), true);
+    check_crowd(Crowd::of(kCrowd, kQueries, 1, 64, false), true);
 }
 
 TEST_CASE("a head's dQ of more than 2^31 elements" * doctest::test_suite(kSimulated ? "" : "long")) {
     constexpr int64_t kLong = 21846 * 384 + kTail;
     static_assert(kLong * 256 > int64_t(1) << 31);
     check_crowd(Crowd::of(1, kLong, 1, 256, true), true);
-    if (kSimulated) check_crowd(Crowd::of(1, kLong, 1, 256, false), true);
+    if (kSimulated) check_crowd(Crowd::of(1, 4 * kLong, 1, 64, false), true);
 }
 
 TEST_CASE("more than 2^31 rows to merge" * doctest::test_suite(kSimulated ? "" : "long")) {

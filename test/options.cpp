@@ -246,7 +246,7 @@ TEST_CASE("options.toml reads back exactly") {
         if (o.state == "int8" && random() % 2) o.state_embeddings = "int8";
         if (o.state == "int8" && o.optimizer == "adamw" && random() % 2) o.state_floor = "off";
         if (sizeof(real) == 2 && random() % 2) o.master = "none";
-        o.grad = random() % 2 ? "fp32" : "bf16";
+        o.grad = random() % 2 ? "fp32" : "bf16", o.deterministic = random() % 2 ? "on" : "off";
         o.recompute = Words{"", "none", "block", "full"}[random() % 4], o.chunk = int64_t(random() % 5000);
         o.offload = Words{"", "none", "state", "state,master", "residual"}[random() % 5];
         if (o.recompute == "none" && o.offload == "residual") o.offload = "none";
@@ -396,7 +396,8 @@ TEST_CASE("what a resume may change") {
                                          "state-embeddings",
                                          "state-floor",
                                          "master",
-                                         "grad"};
+                                         "grad",
+                                         "deterministic"};
     ScratchFolder folder;
     std::string out = folder / "run";
     Options o;
@@ -412,9 +413,9 @@ TEST_CASE("what a resume may change") {
         std::string other = item.key == "schedule" ? "cosine" : item.string ? "other" : item.array ? "5" : "0.5";
         if (item.key == "model") other = "124M";
         const std::map<std::string, std::string> choices = {
-            {"positions", "tile"},  {"optimizer", "lion"}, {"state", "int8"},    {"state-embeddings", "int8"},
-            {"state-floor", "off"}, {"master", "none"},    {"grad", "bf16"},     {"recompute", "full"},
-            {"offload", "state"},   {"memory", "8G"},      {"host-memory", "9G"}};
+            {"positions", "tile"},  {"optimizer", "lion"}, {"state", "int8"},     {"state-embeddings", "int8"},
+            {"state-floor", "off"}, {"master", "none"},    {"grad", "bf16"},      {"recompute", "full"},
+            {"offload", "state"},   {"memory", "8G"},      {"host-memory", "9G"}, {"deterministic", "off"}};
         if (choices.count(item.key)) other = choices.at(item.key);
         if (!item.string && !item.array && was.find('.') == std::string::npos && was.find('e') == std::string::npos)
             other = "127"; // a whole number
@@ -527,7 +528,7 @@ TEST_CASE("--help names what exists, all of it, and nothing else") {
         Words named = keys(options_toml(Options(), family));
         for (const char* name : {"out", "resume", "eval", "config", "help", "plan", "plan-json", "plan-for", "gpu"})
             named.push_back(name);
-        CHECK(named.size() == (family.name == "GPT-2" ? 56 : 60));
+        CHECK(named.size() == (family.name == "GPT-2" ? 57 : 61));
         for (const std::string& name : named) {
             CAPTURE(name);
             CHECK(std::regex_search(help, std::regex("\n[* ] --" + name + "( |\n)")));

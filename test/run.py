@@ -25,6 +25,7 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT / "dev"))
 import assemble  # noqa: E402
 import lint  # noqa: E402
+import sass  # noqa: E402
 
 PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
 # What each part may take of the processors, building and testing, in seconds: together the limit of 15 minutes on two
@@ -183,6 +184,9 @@ def nvcc_jobs(tally, assembled, long):
     if not long:
         tally.reasons.append("sm_86, sm_89 and sm_120 (make test-long assembles for them)")
     flags = assemble.nvcc_flags()
+    disassembler = sass.find_tool("nvdisasm")
+    if not disassembler:
+        tally.skip("no nvdisasm: the instructions of attention's inner loops were not counted")
 
     def job(source, precision, arch):
         def work():
@@ -192,7 +196,11 @@ def nvcc_jobs(tally, assembled, long):
                 taken.append(metered(command))
                 return taken[-1]
 
-            kernels, problem = assemble.check(nvcc, flags, source, precision, arch, quiet)
+            with tempfile.TemporaryDirectory(prefix="longhand_nvcc_") as folder:
+                cubin = Path(folder) / "out.cubin"
+                kernels, problem = assemble.check(nvcc, flags, source, precision, arch, quiet, cubin)
+                if cubin.exists() and precision == "bf16" and (long or arch == "80"):
+                    problem += sass.check(disassembler, cubin, source, arch)
             assembled.extend(kernels)
             return taken[0]._replace(stdout=problem)
 

@@ -11,7 +11,7 @@
 #include "../dev/simt/simt.h"
 #include "../kernels/accumulate.h"
 #include "../kernels/attention.h"
-#include "../kernels/attention_tiles.h"
+#include "../kernels/attention_backward.h"
 #include "../kernels/classifier.h"
 #include "../kernels/embedding.h"
 #include "../kernels/gelu.h"
@@ -272,6 +272,10 @@ struct Problem {
     }
     Heads<const real> query(Vector<real>& x) { return heads<const real>(x, shape.Tq); }
     Heads<const real> key(Vector<real>& x) { return heads<const real>(x, shape.Tk); }
+    void backward() {
+        attention_backward(nullptr, heads<real>(dq, shape.Tq), heads<real>(dk, shape.Tk), heads<real>(dv, shape.Tk),
+                           query(dout), query(q), key(k), key(v), query(o), lse.data(), 0.1f, scratch, shape);
+    }
 };
 
 // Sums over the tiles of a kernel: of `rows` rows of one axis, each of which passes over tiles of `columns` columns of
@@ -341,39 +345,36 @@ template <int D> void check_forward(AttentionShape s, bool small) {
     check_main_loop(t);
 }
 
-template <int D> void check_backward(AttentionShape s, bool deterministic) {
+template <int D> void check_backward(AttentionShape s, flash::Room room, bool deterministic) {
     s.D = D;
     s.deterministic = deterministic;
-    flash::Tile tile = flash::backward_tile<D>(false, !deterministic);
+    simt::SettingsGuard guard;
+    simt::settings().shared_per_block = flash::bytes_of(room);
+    flash::Tile tile = flash::dk_dv_tile<D>(room, !deterministic);
     Problem p(s);
-    auto run = [&] {
-        attention_backward(nullptr, p.heads<real>(p.dq, s.Tq), p.heads<real>(p.dk, s.Tk), p.heads<real>(p.dv, s.Tk),
-                           p.query(p.dout), p.query(p.q), p.key(p.k), p.key(p.v), p.query(p.o), p.lse.data(), 0.1f,
-                           p.scratch, s);
-    };
-    const double heads = double(s.B) * s.H, row = D * 2, statistics = 8,
-                 products = tile.rows * tile.columns * D / 2048.0;
-    Traffic t = counted(run, "dk_dv_kernel");
+    const double heads = double(s.B) * s.H, row = D * 2, statistics = 8;
+    auto products = [](flash::Tile t) { return t.rows * t.columns * D / 2048.0; };
+    Traffic t = counted([&] { p.backward(); }, "dk_dv_kernel");
     Tiles tiles = key_tiles(s, tile);
     check_exactly("dk, dv: read", kSector * t.read.sectors,
                   heads * (row * 2 * s.Tk + (2 * row + statistics) * tiles.columns));
     check_exactly("dk, dv: written", kSector * t.written.sectors, heads * row * 2 * s.Tk);
-    check_exactly("dk, dv: mma", t.mma,
-                  heads * tiles.pairs * products * ((deterministic ? 4 : 5) + (tile.sharing - 1)));
+    check_exactly("dk, dv: mma", t.mma, heads * tiles.pairs * products(tile) * (!deterministic || D == 256 ? 5 : 4));
     check_exactly("dq by atomics", t.atomic.bytes, deterministic ? 0 : heads * tiles.columns * D * sizeof(float));
     check_main_loop(t);
     if (!deterministic) return;
 
     t = simt::traffic_of("dq_kernel");
+    tile = flash::dq_tile<D>(room);
     tiles = query_tiles(s, tile);
-    // Eight rows at a time take their statistics, in each of the warps that share them; those past the end all take the
+    // Eight rows at a time take their LSE and Δ, in each of the warps that share them; those past the end all take the
     // last row's.
-    double past_end = double(-s.Tq & (tile.rows - 1)) / 8 * kSector * tile.sharing,
+    double past_end = 2 * double(-s.Tq & (tile.rows - 1)) / 8 * kSector * tile.sharing,
            own = statistics * (tile.sharing - 1) * s.Tq;
     check_exactly("dq: read", kSector * t.read.sectors,
                   heads * ((2 * row + statistics) * s.Tq + own + past_end + 2 * row * tiles.columns));
     check_exactly("dq: written", kSector * t.written.sectors, heads * row * s.Tq);
-    check_exactly("dq: mma", t.mma, heads * tiles.pairs * products * 3);
+    check_exactly("dq: mma", t.mma, heads * tiles.pairs * products(tile) * 3);
     check_main_loop(t);
 }
 
@@ -395,15 +396,56 @@ TEST_CASE("attention forward: global traffic and mma are those of the table of t
 }
 
 TEST_CASE("attention backward: the same" * doctest::skip(!kBf16)) {
-    for (const AttentionShape& s : kShapes)
-        for (bool deterministic : {true, false}) {
-            CAPTURE(s.Tq);
-            CAPTURE(deterministic);
-            check_backward<64>(s, deterministic);
-            check_backward<128>(s, deterministic);
-            if (&s != &kShapes[1]) continue;
-            check_backward<32>(s, deterministic);
-            check_backward<80>(s, deterministic);
-            check_backward<256>(s, deterministic);
+    using flash::Room;
+    for (const AttentionShape& s : kShapes) {
+        CAPTURE(s.Tq);
+        check_backward<64>(s, Room::large, true);
+        check_backward<64>(s, Room::large, false);
+        check_backward<128>(s, Room::large, true);
+        if (&s != &kShapes[1]) continue; // the other tiles: the ragged shape tells
+        check_backward<64>(s, Room::small, false);
+        check_backward<32>(s, Room::large, true);
+        for (Room room : {Room::small, Room::medium, Room::large}) {
+            check_backward<80>(s, room, true);
+            check_backward<128>(s, room, true);
+            check_backward<256>(s, room, true);
         }
+    }
+}
+
+// Cycles of shared memory (wavefronts) for a 128×128 tile of which all is seen: what a second one adds. An mma is 2
+// cycles of an A100's tensor cores, 512 mma a product at D = 64 and 1024 at D = 128.
+namespace {
+
+template <int D> double tile_cycles(const char* kernel, bool deterministic, flash::Room room) {
+    simt::SettingsGuard guard;
+    simt::settings().shared_per_block = flash::bytes_of(room);
+    const bool keys = kernel == std::string("dq_kernel"); // what passes by
+    auto wavefronts = [&](int64_t tiles) {
+        AttentionShape s{1, keys ? 128 : 128 * tiles, keys ? 128 * tiles : 128, 1, D, 256, 0};
+        s.deterministic = deterministic;
+        Problem p(s);
+        return double(counted([&] { p.backward(); }, kernel).shared().wavefronts);
+    };
+    return wavefronts(2) - wavefronts(1);
+}
+template <int D> void check_cycles(flash::Room room, double dk_dv, double dq) {
+    CAPTURE(D);
+    CAPTURE(int(room));
+    check_exactly("dk, dv", tile_cycles<D>("dk_dv_kernel", true, room), dk_dv);
+    check_exactly("dq", tile_cycles<D>("dq_kernel", true, room), dq);
+}
+
+} // namespace
+
+TEST_CASE("attention backward: shared memory's cycles of a 128x128 tile" * doctest::skip(!kBf16)) {
+    using flash::Room;
+    check_cycles<32>(Room::large, 1928, 1408);
+    check_cycles<64>(Room::large, 3592, 2816);
+    check_cycles<80>(Room::large, 6600, 3520);
+    check_cycles<128>(Room::large, 8456, 5632);
+    check_cycles<128>(Room::medium, 8456, 5632);
+    check_cycles<128>(Room::small, 11272, 8704);
+    check_cycles<256>(Room::large, 29456, 22528);
+    check_exactly("D = 64, any order", tile_cycles<64>("dk_dv_kernel", false, Room::large), 5384);
 }
