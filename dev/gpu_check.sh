@@ -44,7 +44,7 @@ step() {
 say GPU "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 
 tests=(gelu layernorm rotary matmul attention attention_backends attention_huge classifier embedding accumulate global_norm
-    optimizer optimizer_bf16 optimizer_codes recording host_store target gpt2 pythia positions)
+    optimizer optimizer_bf16 optimizer_codes device recording host_store host_update target gpt2 pythia positions)
 benches=(gelu layernorm rotary classifier embedding accumulate global_norm optimizer matmul attention ladder)
 jobs=$(nproc)
 step build 240 make -j"$jobs" cuda "${tests[@]/#/build/cuda/test_}" "${benches[@]/#/build/cuda/bench_}" || exit 1

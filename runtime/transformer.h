@@ -42,11 +42,11 @@ Header make_header(int32_t magic, const ModelSizes& sizes, FileType type);
 struct Setup {
     int64_t B, T; // largest batch, context
     bool training;
-    bool deterministic = true;
     int64_t cached_rows = 0; // tokens of a sequence that next_logits() can go through
     TrainingMemory weights = {};
     ActivationMemory activations = {};
     std::string folder = "."; // where the cpu build keeps what waits on the host
+    bool deterministic = true;
 };
 Setup make_setup(const Options& options, int64_t T);
 
