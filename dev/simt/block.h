@@ -198,6 +198,8 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 enum class Memory { device, managed, pinned };
 void* allocate(size_t bytes, Memory memory, size_t limit); // null beyond it
 bool release(void* pointer);
+bool register_host(void* pointer, size_t bytes, size_t limit); // the host's own memory, now pinned; false beyond it
+bool unregister_host(void* pointer);
 size_t allocated(Memory memory);
 
 void note_launch(const void* kernel, uint64_t threads, size_t shared_bytes);

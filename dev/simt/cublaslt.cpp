@@ -317,12 +317,12 @@ cudaError_t Product::multiply() const {
                            ks.begin == 0 ? 0.0f : 1.0f, sum.data(), M) != dnnl_success)
                 return cudaErrorMemoryAllocation;
             if (!bias_gradient || gradient) continue;
-            for (int64_t k = 0; k < ks.size(); k++) {
-                if (bias_of_rows && ns.begin == 0)
+            if (bias_of_rows && ns.begin == 0)
+                for (int64_t k = 0; k < ks.size(); k++)
                     for (int64_t m = 0; m < M; m++) total[m] += right[k * M + m];
-                if (!bias_of_rows)
-                    for (int64_t n = ns.begin; n < ns.end; n++) total[n] += left[(n - ns.begin) * ks.size() + k];
-            }
+            if (!bias_of_rows)
+                for (int64_t n = ns.begin; n < ns.end; n++)
+                    for (int64_t k = 0; k < ks.size(); k++) total[n] += left[(n - ns.begin) * ks.size() + k];
         }
 
 #pragma omp parallel for schedule(static)

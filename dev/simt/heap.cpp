@@ -2,6 +2,7 @@
 // before pages that cannot be touched, and keeps its place when freed, so that a late access is told apart.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <mutex>
 
 #include <sys/mman.h>
@@ -31,8 +32,9 @@ struct Heap {
     uintptr_t base;
     uint32_t* slots; // number of the allocation, from 1; 0: none
     std::vector<Allocation> allocations;
-    size_t next_slot = 1, in_use[2] = {}; // of the device, pinned
-    std::mutex mutex;                     // of allocate and release; blocks only look up, while nobody allocates
+    size_t next_slot = 1, in_use[2] = {};      // of the device, pinned
+    std::map<uintptr_t, uintptr_t> registered; // of the host's own memory: begin, end
+    std::mutex mutex;                          // of allocate and release; blocks only look up, while nobody allocates
 
     Heap() {
         auto map = [](size_t bytes, int protection) {
@@ -92,11 +94,38 @@ bool release(void* pointer) {
     return true;
 }
 
+bool register_host(void* pointer, size_t bytes, size_t limit) {
+    Heap& h = heap();
+    std::lock_guard lock(h.mutex);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+    size_t& used = in_use(Memory::pinned);
+    if (bytes > limit || used > limit - bytes) return false;
+    h.registered[begin] = begin + bytes;
+    used += bytes;
+    return true;
+}
+
+bool unregister_host(void* pointer) {
+    Heap& h = heap();
+    std::lock_guard lock(h.mutex);
+    const auto found = h.registered.find(reinterpret_cast<uintptr_t>(pointer));
+    if (found == h.registered.end()) return false;
+    in_use(Memory::pinned) -= found->second - found->first;
+    h.registered.erase(found);
+    return true;
+}
+
 size_t allocated(Memory memory) { return in_use(memory); }
 
 HeapAnswer look_up(uintptr_t address) {
     Heap& h = heap();
-    if (address - h.base >= kHeapBytes) return {HeapState::foreign, 0, 0, {}};
+    if (address - h.base >= kHeapBytes) {
+        const auto after = h.registered.upper_bound(address);
+        if (after != h.registered.begin())
+            if (const auto& [begin, end] = *std::prev(after); address < end)
+                return {HeapState::inside, begin, end, Memory::pinned};
+        return {HeapState::foreign, 0, 0, {}};
+    }
     uint32_t number = h.slots[(address - h.base) / kSlotBytes];
     if (!number) return {HeapState::outside, 0, 0, {}};
     const Allocation& a = h.allocations[number - 1];

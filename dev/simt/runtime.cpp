@@ -93,6 +93,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMultiProcessorCount:
         *value = p.multiProcessorCount;
         break;
+    case cudaDevAttrKernelExecTimeout:
+        *value = simt::settings().kernel_timeout;
+        break;
     case cudaDevAttrComputeCapabilityMajor:
         *value = p.major;
         break;
@@ -145,6 +148,15 @@ cudaError_t cudaFreeHost(void* pointer, SimtPlace place) {
     if (!pointer) return cudaSuccess;
     simt::host_releases(pointer, "cudaFreeHost", place);
     return release(pointer);
+}
+cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
+    if (!pointer || !bytes) return done(cudaErrorInvalidValue);
+    return done(simt::register_host(pointer, bytes, simt::settings().pinned_bytes) ? cudaSuccess
+                                                                                   : cudaErrorMemoryAllocation);
+}
+cudaError_t cudaHostUnregister(void* pointer, SimtPlace place) {
+    simt::host_releases(pointer, "cudaHostUnregister", place);
+    return done(simt::unregister_host(pointer) ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 // Whether the device side of a copy is one allocation that holds all of it.

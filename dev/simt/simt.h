@@ -45,8 +45,9 @@ struct Settings {
     int threads;                          // of the machine that run blocks side by side; SIMT_THREADS, else all
     size_t shared_per_block = 227 * 1024; // the most that a launch may ask for
     int capability_major = 8;             // of the compute capability that the device claims
+    bool kernel_timeout = false;          // the device claims to end kernels that take long, as with a display
     size_t device_bytes;                  // what cudaMalloc gives out in all; at the start the machine's memory
-    size_t pinned_bytes;                  // cudaMallocHost, likewise
+    size_t pinned_bytes;                  // cudaMallocHost and cudaHostRegister, likewise
 
     // Which blocks of a launch run, by linear index, given how many the grid has; null: all. For grids too large to
     // run.
