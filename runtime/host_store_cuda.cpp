@@ -3,15 +3,30 @@
 // so that one may be used again.
 #include "host_store.h"
 
-#include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 
+#include <omp.h>
+#include <sys/mman.h>
+
 #include "../kernels/launch.h"
 #include "errors.h"
+#include "host_memory.h"
+
+// Touched for the first time by all threads: a hundred gigabytes are half a minute's work for one, and that is what a
+// call makes of it that allocates and pins at once.
+static void touch(char* data, size_t bytes) {
+    constexpr size_t kPage = 4096;
+    const int64_t pages = static_cast<int64_t>((bytes + kPage - 1) / kPage);
+#pragma omp parallel for schedule(static)
+    for (int64_t page = 0; page < pages; page++) const_cast<volatile char*>(data)[page * kPage] = 0;
+}
 
 struct HostStore::Memory {
     char* data = nullptr;
+    size_t bytes = 0;
+    bool pinned = false;
     cudaStream_t saves = nullptr, loads = nullptr;
     cudaEvent_t given = nullptr;     // in device.stream: what it was given before the latest copy
     cudaEvent_t copied[kSlots] = {}; // behind the slot's latest copy, and so behind all before with this slot
@@ -19,14 +34,24 @@ struct HostStore::Memory {
     cudaStream_t pending[kSlots] = {};
 
     // A member function, so that the destructor tidies up after a failure half way.
-    void open(size_t bytes) {
-        if (cudaError_t status = cudaMallocHost(&data, bytes); status != cudaSuccess) {
+    void open(size_t wanted) {
+        auto refuse = [&](const std::string& why) {
+            throw RunFailed("cannot get " + std::to_string(wanted) + " bytes of pinned host memory for --offload: " +
+                            why + "; offload less (--offload, --host-memory), or free some of the host's memory");
+        };
+        // Pages are promised before they are there; to touch more than there are would end the process.
+        if (const size_t available = host_available_bytes(omp_get_max_threads()); available && wanted > available)
+            refuse(std::to_string(available) + " are available");
+        void* mapped = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (mapped == MAP_FAILED) refuse(strerror(errno));
+        data = static_cast<char*>(mapped), bytes = wanted;
+        madvise(data, bytes, MADV_HUGEPAGE);
+        touch(data, bytes);
+        if (cudaError_t status = cudaHostRegister(data, bytes, cudaHostRegisterDefault); status != cudaSuccess) {
             cudaGetLastError();
-            data = nullptr;
-            throw RunFailed("cannot get " + std::to_string(bytes) +
-                            " bytes of pinned host memory for --offload: " + cudaGetErrorString(status) +
-                            "; offload less (--offload, --host-memory), or free some of the host's memory");
+            refuse(cudaGetErrorString(status));
         }
+        pinned = true;
         for (cudaStream_t* stream : {&saves, &loads})
             check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "creating a stream for copies");
         check_cuda(cudaEventCreateWithFlags(&given, cudaEventDisableTiming), "creating an event");
@@ -39,7 +64,8 @@ struct HostStore::Memory {
         if (given) cudaEventDestroy(given);
         for (cudaEvent_t event : copied)
             if (event) cudaEventDestroy(event);
-        if (data) cudaFreeHost(data);
+        if (pinned) cudaHostUnregister(data);
+        if (data) munmap(data, bytes);
     }
 
     void copy(cudaStream_t stream, cudaStream_t copies, void* to, const void* from, size_t bytes, int slot) {
@@ -62,20 +88,10 @@ struct HostStore::Memory {
     }
 };
 
-// By hand and on all threads: the first touch of a hundred gigabytes, and no call of the runtime promises zeros.
-static void clear(char* data, size_t bytes) {
-    const size_t kPiece = size_t(1) << 20;
-    const int64_t pieces = static_cast<int64_t>((bytes + kPiece - 1) / kPiece);
-#pragma omp parallel for schedule(static)
-    for (int64_t piece = 0; piece < pieces; piece++)
-        memset(data + piece * kPiece, 0, std::min(kPiece, bytes - piece * kPiece));
-}
-
 HostStore::HostStore(const Device& device, const std::string&, size_t bytes) : device_(device), bytes_(bytes) {
     if (!bytes) return;
     memory_ = std::make_unique<Memory>();
     memory_->open(bytes);
-    clear(memory_->data, bytes);
 }
 
 HostStore::~HostStore() = default;
