@@ -3,8 +3,8 @@
 //
 // What the library can add on the way out it adds there: the bias, and where that pays the tanh GELU and its slope. The
 // erf GELU, and every GELU in fp32, are kernels of our own: the library's GELU is the tanh form in the precision of the
-// hardware's tanh, which bf16 hides and fp32 does not. The bias gradient is ours too, since the library's overwrites
-// instead of adding.
+// hardware's tanh, which bf16 hides and fp32 does not. The bias gradient comes with the weights': the library reads
+// dout for both. It overwrites where ours adds up, so its sums go beside the work space first.
 #include "matmul.h"
 
 #include <algorithm>
@@ -49,7 +49,7 @@ struct Product {
 struct Operands {
     void* d;
     const void *a, *b;
-    const void* bias = nullptr; // (M) real
+    const void* bias = nullptr; // (M) real; written by BGRADB, (N) of d's type
     const void* aux = nullptr;  // (M,N) real: the pre-activation, written by GELU_AUX and read by DGELU
 };
 
@@ -213,16 +213,18 @@ template <bool Add> __global__ void __launch_bounds__(kFillThreads)
 } // namespace
 
 struct Matmul {
+    static constexpr int64_t kBiasSums = int64_t(1) << 18; // the most columns whose bias gradient the library makes
     Stream stream;
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
-    size_t workspace_bytes = 0;
+    size_t workspace_bytes = 0; // without what follows it:
+    float* bias_sums = nullptr; // (kBiasSums)
     bool fuses_gelu = false;
     std::map<std::pair<Product, Alignments>, Prepared> cache;
 
     explicit Matmul(Stream stream) : stream(stream) {}
     ~Matmul() {
-        if (workspace) device_free(workspace, workspace_bytes);
+        if (workspace) device_free(workspace, workspace_bytes + kBiasSums * sizeof(float));
         cache.clear();
         if (handle) cublasLtDestroy(handle);
     }
@@ -282,7 +284,8 @@ Matmul* matmul_open(Stream stream) {
     check_cublas(cublasLtCreate(&mm->handle), "matmul: opening cuBLASLt");
     const size_t bytes = matmul_workspace(this_target(), major);
     mm->workspace = device_alloc(bytes);
-    mm->workspace_bytes = bytes;
+    mm->workspace_bytes = bytes - Matmul::kBiasSums * sizeof(float);
+    mm->bias_sums = reinterpret_cast<float*>(static_cast<char*>(mm->workspace) + mm->workspace_bytes);
     mm->fuses_gelu = kReal == CUDA_R_16BF && major >= kGeluFusedFrom;
     return mm.release();
 }
@@ -360,6 +363,14 @@ void matmul_backward_weight(Matmul* mm, float* dw, float* dbias, const real* dou
     // dwᵀ (C,OC) += inpᵀ (C,N) · dout (N,OC); dout is to the library stored transposed.
     if (dw) {
         Product p{.M = C, .N = OC, .K = N, .b_transposed = true, .accumulate = true, .type = CUDA_R_32F};
+        if (dbias && OC <= Matmul::kBiasSums) {
+            p.epilogue = CUBLASLT_EPILOGUE_BGRADB;
+            if (mm->attempt(p, {.d = dw, .a = inp, .b = dout, .bias = mm->bias_sums}) == CUBLAS_STATUS_SUCCESS) {
+                sum_columns<true>(mm->stream, dbias, const_cast<const float*>(mm->bias_sums), 1, OC, 1);
+                return;
+            }
+            p.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+        }
         mm->run(p, {.d = dw, .a = inp, .b = dout});
     }
     if (!dbias) return;

@@ -17,8 +17,8 @@ struct Matmul;
 Matmul* matmul_open(Stream stream);
 void matmul_close(Matmul* mm);
 
-// Bytes that cuBLASLt is given at opening for the partial sums of products that are split along K; dbias puts its own
-// there too. NVIDIA recommends 32 MiB from Hopper (compute capability 9) on and 4 before; twice and eight times that
+// Bytes that cuBLASLt is given at opening for the partial sums of products that are split along K, and 1 MiB of it for
+// dbias. NVIDIA recommends 32 MiB from Hopper (compute capability 9) on and 4 before; twice and eight times that
 // leave the heuristic every choice. Of an unknown GPU the larger. oneDNN is given what each product asks for.
 inline size_t matmul_workspace(const Target& target, int capability_major = 9) {
     return !target.cuda ? 0 : size_t(capability_major >= 9 ? 64 : 32) << 20;

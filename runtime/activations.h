@@ -19,10 +19,14 @@ enum class Recompute {
 
 // Changes memory and time, not the mathematics.
 struct ActivationMemory {
+    // Enough for the matmul's full rate, few enough to stay small beside the activations.
+    static constexpr int64_t kLogitsRows = 512;
+
     Recompute recompute = Recompute::none;
-    int64_t chunk = 0;      // tokens that LayerNorm, MLP and projections take at a time; 0: all
-    int64_t head_group = 0; // heads that attention takes at a time; 0: all, as it must be where all is kept
-    bool offload = false;   // what blocks hand on waits on the host; only where the rest is not kept
+    int64_t chunk = 0;                 // tokens that LayerNorm, MLP and projections take at a time; 0: all
+    int64_t head_group = 0;            // heads that attention takes at a time; 0: all, as it must be where all is kept
+    bool offload = false;              // what blocks hand on waits on the host; only where the rest is not kept
+    int64_t logits_rows = kLogitsRows; // tokens whose logits are in memory at once
 
     bool operator==(const ActivationMemory&) const = default;
 };

@@ -1,5 +1,7 @@
-// How a run ends badly: thrown anywhere, printed as one line on stderr by main, and turned into the exit code.
+// How a run ends badly: thrown anywhere, printed as one line on stderr by main, and turned into the exit code. And what
+// it warns of.
 #pragma once
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -22,3 +24,6 @@ struct BadInput : Failure {
 struct RunFailed : Failure {
     explicit RunFailed(const std::string& message) : Failure(kRunFailed, message) {}
 };
+
+// What the user should know, on stderr; the run goes on.
+inline void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }

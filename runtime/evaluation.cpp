@@ -53,8 +53,8 @@ std::string generate(const Options& options, Model& model, const Text& text, int
     if (int64_t size = static_cast<int64_t>(ids.size()); size > T) { // what leaves room for the sample, at least half
         const int64_t kept = std::max((T + 1) / 2, T + 1 - options.sample_tokens);
         window = size - kept;
-        fprintf(stderr, "warning: the prompt has %lld tokens, more than the context of %lld: its last %lld are used\n",
-                (long long)size, (long long)T, (long long)kept);
+        warn("the prompt has " + std::to_string(size) + " tokens, more than the context of " + std::to_string(T) +
+             ": its last " + std::to_string(kept) + " are used");
     }
     for (int64_t i = 0; i < options.sample_tokens; i++) {
         pause();

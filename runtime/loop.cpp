@@ -1,7 +1,6 @@
 #include "loop.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <filesystem>
 #include <utility>
 
@@ -19,8 +18,6 @@
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-
-static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }
 
 // Opened, so that a run that removes the checkpoint no longer matters; until then it does, and the next newest is
 // taken.

@@ -255,7 +255,7 @@ void check_effect(const Options& o, const Layer& given, const std::vector<Option
         if (row.unset && value_text(o, row) == value_text(Options(), row)) continue;
         const std::string line = found->second.where + " " + found->second.text + ": " + need.otherwise;
         if (need.refused) throw BadInput(line);
-        fprintf(stderr, "warning: %s\n", line.c_str());
+        warn(line);
     }
 }
 
@@ -306,12 +306,13 @@ std::string model_names(const Family& family) {
 // or another choice of the user's, what the user does not say is open again.
 void reopen_memory(Options& options, const Options& own, const Layer& given) {
     auto memory = [](const Options& o) {
-        return std::tie(o.batch, o.memory, o.host_memory, o.recompute, o.chunk, o.head_group, o.offload);
+        return std::tie(o.batch, o.memory, o.host_memory, o.recompute, o.chunk, o.head_group, o.logits_rows, o.offload);
     };
     if (memory(options) == memory(own)) return;
     if (!given.count("recompute")) options.recompute.clear();
     if (!given.count("chunk")) options.chunk = 0;
     if (!given.count("head-group")) options.head_group = 0;
+    if (!given.count("logits-rows")) options.logits_rows = 0;
     if (!given.count("offload")) options.offload.clear();
 }
 
@@ -361,10 +362,8 @@ std::optional<Options> own_options(const std::string& out, const std::vector<Opt
     for (const auto& [name, value] : record)
         set_value(own, *find_row(table, name), value, newest->path + "/manifest.json: " + name);
     if (own.model.empty()) own.init = newest->path; // it had its weights from a file; they are in the checkpoint now
-    fprintf(stderr,
-            "warning: %s is gone; the run's options are those that %s recorded, but for paths (--train, --val, "
-            "--tokenizer) and choices of memory\n",
-            stored.c_str(), newest->path.c_str());
+    warn(stored + " is gone; the run's options are those that " + newest->path +
+         " recorded, but for paths (--train, --val, --tokenizer) and choices of memory");
     return own;
 }
 

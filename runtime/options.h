@@ -50,6 +50,7 @@ struct Options {
     std::string recompute;           // none, block, full, or empty
     int64_t chunk = 0;               // 0: chosen
     int64_t head_group = 0;          // 0: chosen
+    int64_t logits_rows = 0;         // 0: chosen
     std::string offload;             // none, some of residual,state,master, or empty
     std::string memory, host_memory; // sizes such as 16GiB, or empty
     bool plan = false, plan_json = false;

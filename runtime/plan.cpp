@@ -7,6 +7,7 @@
 #include "../kernels/matmul.h"
 #include "errors.h"
 #include "gpus.h"
+#include "host_memory.h"
 
 // Beside the arena and cuBLASLt's work space a GPU holds the CUDA context with its kernels, the step's graph and what
 // the driver keeps. Uploads go through pinned memory (device_cuda.cpp).
@@ -20,6 +21,10 @@ constexpr int64_t kProgramBytes = int64_t(32) << 20, kThreadBytes = 2 << 20;
 
 // A chunk smaller than this leaves no matmul its rate, and what it would save is small beside the residual stream.
 constexpr int64_t kSmallestChunk = 1024;
+// On a GPU every part of the logits adds the unembedding's whole gradient in memory once more; beyond so many tokens
+// that is small beside the product itself. On a CPU the product takes a hundred times as long, and caches like few
+// rows.
+constexpr int64_t kMostLogitsRows = 4096;
 // Estimates are not better than this: within it the simpler choice wins.
 constexpr double kSameTime = 1.01;
 // Pinned host memory, or a disk, is taken of others: only where that saves a tenth of the time.
@@ -60,8 +65,10 @@ static Limits plan_limits(const Options& options, const Target& target) {
         limits.device = parse_size(options.memory, "--memory");
     else if (gpu)
         limits.device = static_cast<int64_t>(gpu->memory);
-    else if (target.cuda == this_target().cuda)
+    else if (target.cuda == this_target().cuda) { // this machine
         limits.device = static_cast<int64_t>(available_bytes(target.threads));
+        if (target.cuda && !limits.host) limits.host = static_cast<int64_t>(host_available_bytes(target.threads));
+    }
     return limits;
 }
 
@@ -103,6 +110,7 @@ std::vector<Options> Planner::candidates(int64_t T, bool extremes) const {
     std::vector<Options> all;
     Options o = options_;
     o.context = T;
+    if (!o.logits_rows) o.logits_rows = ActivationMemory::kLogitsRows;
     for (const std::string& offload : offloads)
         for (const std::string& recompute : ways)
             for (int64_t group : groups)
@@ -161,8 +169,17 @@ Choice Planner::choose() const {
     auto seconds = [](const Choice& choice) { return choice.seconds * (choice.host ? kHostPrice : 1); };
     double least = INFINITY;
     for (const Choice& choice : fitting) least = std::min(least, seconds(choice));
-    return *std::find_if(fitting.begin(), fitting.end(),
-                         [&](const Choice& choice) { return seconds(choice) <= kSameTime * least; });
+    return with_more_logits(*std::find_if(fitting.begin(), fitting.end(),
+                                          [&](const Choice& choice) { return seconds(choice) <= kSameTime * least; }));
+}
+
+Choice Planner::with_more_logits(const Choice& best) const {
+    if (options_.logits_rows || !target().cuda || !options_.eval.empty()) return best;
+    Options o = best.options;
+    for (o.logits_rows = kMostLogitsRows; o.logits_rows > best.options.logits_rows; o.logits_rows /= 2)
+        if (o.logits_rows <= o.chunk)
+            if (const Choice more = weigh(o); !more.lacking) return more;
+    return best;
 }
 
 std::optional<Choice> Planner::leanest(int64_t T) const {
@@ -214,7 +231,7 @@ static std::string refusal(const Planner& planner, const Choice& best, const Lon
                 gib(double(device - limits.device)) + " more than the " + gib(double(limits.device)) + " there are";
     else
         line += "what waits on the host takes " + gib(double(host)) + ", " + gib(double(host - limits.host)) +
-                " more than --host-memory";
+                " more than " + (planner.options().host_memory.empty() ? "is available there" : "--host-memory");
     return line + "; " +
            (longest.context ? "the largest context that fits is " + std::to_string(longest.context)
                             : std::string("no context fits: what does not grow with it is too large already")) +
@@ -225,10 +242,13 @@ static std::string refusal(const Planner& planner, const Choice& best, const Lon
 
 // For a run that is not as simple as it could be.
 static std::string note(const Planner& planner, const Choice& chosen) {
-    const Options &o = chosen.options, simplest = planner.simplest();
+    const Options& o = chosen.options;
+    Options simplest = planner.simplest();
+    simplest.logits_rows = o.logits_rows;
     if (o == simplest) return "";
     std::string line = "memory: chosen are --recompute " + o.recompute + " --chunk " + std::to_string(o.chunk);
     if (o.head_group) line += " --head-group " + std::to_string(o.head_group);
+    if (o.logits_rows != ActivationMemory::kLogitsRows) line += " --logits-rows " + std::to_string(o.logits_rows);
     line += " --offload " + o.offload + ", " + gib(double(chosen.arena + planner.limits().device_outside));
     const int64_t device = planner.weigh(simplest).arena + planner.limits().device_outside;
     if (planner.limits().device && device > planner.limits().device)
@@ -269,6 +289,7 @@ bool plan_memory(Options& options, const MakeModel& make) {
     if (report) return true;
     options.recompute = best.options.recompute, options.offload = best.options.offload;
     options.chunk = best.options.chunk, options.head_group = best.options.head_group;
+    options.logits_rows = best.options.logits_rows;
     options.planned = {best.arena + planner.limits().device_outside, best.host + planner.limits().host_outside,
                        peak_phase(planner.model(best.options)->arena()), note};
     return false;

@@ -6,7 +6,8 @@
 //   --head-group all heads, half of them, … one;  --offload nothing or any of residual, state, master
 // what fits and takes the least time by the model's costs and a machine's ceilings; of what takes nearly the same time,
 // the simplest: nothing on the host before anything, everything kept before recomputing, one piece before many. Host
-// memory, or a disk, is taken only where that saves a tenth of the time.
+// memory, or a disk, is taken only where that saves a tenth of the time. What room is left on a GPU goes to more rows
+// of logits at a time.
 #pragma once
 #include <functional>
 #include <memory>
@@ -20,8 +21,8 @@
 // The model that options describe, on a device that may be a Device(target): then it is a plan.
 using MakeModel = std::function<std::unique_ptr<Transformer>(const Device&, const Options&)>;
 
-// Fills in what `options` leaves open of --recompute, --chunk, --head-group and --offload, and options.planned. With
-// --plan or --plan-json prints the plan and returns true: there is nothing more to do. Throws
+// Fills in what `options` leaves open of --recompute, --chunk, --head-group, --logits-rows and --offload, and
+// options.planned. With --plan or --plan-json prints the plan and returns true: there is nothing more to do. Throws
 // Failure(kPlanDoesNotFit) where nothing fits, which names the largest context that would. Evaluation keeps
 // nothing, and leaves chunks and head groups to choose.
 bool plan_memory(Options& options, const MakeModel& make);
@@ -84,7 +85,8 @@ private:
     int64_t heads_;
 
     std::vector<Options> candidates(int64_t T, bool extremes) const;
-    std::optional<Choice> leanest(int64_t T) const; // that fits, with the host only if it must
+    Choice with_more_logits(const Choice& best) const; // as many as fit beside all else
+    std::optional<Choice> leanest(int64_t T) const;    // that fits, with the host only if it must
 };
 
 // --plan and --plan-json, on stdout (plan_report.cpp). `best` need not fit.

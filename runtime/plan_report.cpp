@@ -7,7 +7,7 @@
 
 #include <nlohmann/json.hpp>
 
-using json = nlohmann::ordered_json;
+using nlohmann::ordered_json;
 
 std::string gib(double bytes) {
     char text[32];
@@ -40,22 +40,22 @@ int64_t section_bytes(const Arena& arena, const std::string& section) {
 }
 
 // Largest first, items of one name together.
-json largest_work(const Arena& arena, Phases phase) {
+ordered_json largest_work(const Arena& arena, Phases phase) {
     std::map<std::string, int64_t> by_name;
     for (const Arena::Item& item : arena.items())
         if (item.section == kWorkSpace && item.phases & phase) by_name[item.name] += item.bytes;
     std::vector<std::pair<std::string, int64_t>> items(by_name.begin(), by_name.end());
     std::stable_sort(items.begin(), items.end(), [](auto& a, auto& b) { return a.second > b.second; });
-    json list = json::array();
+    ordered_json list = ordered_json::array();
     for (size_t i = 0; i < std::min<size_t>(items.size(), 3); i++)
         list.push_back({{"name", items[i].first}, {"bytes", items[i].second}});
     return list;
 }
 
-json phases_of(const Arena& arena) {
+ordered_json phases_of(const Arena& arena) {
     int64_t kept = 0; // in all phases
     for (const char* section : kSections) kept += section_bytes(arena, section);
-    json list = json::array();
+    ordered_json list = ordered_json::array();
     for (Phases phase : kEachPhase) {
         const int64_t bytes = static_cast<int64_t>(arena.bytes_in(phase));
         list.push_back({{"name", phase_name(phase)},
@@ -67,8 +67,8 @@ json phases_of(const Arena& arena) {
 }
 
 // What the device would need less by a word of the user's.
-json savings(const Planner& planner, const Choice& best) {
-    json list = json::array();
+ordered_json savings(const Planner& planner, const Choice& best) {
+    ordered_json list = ordered_json::array();
     auto add = [&](const char* word, std::string Options::*member, const char* value) {
         Options other = best.options;
         if (other.*member == value) return;
@@ -84,9 +84,9 @@ json savings(const Planner& planner, const Choice& best) {
     return list;
 }
 
-json device_rows(Transformer& model, const Planner& planner, const Choice& best) {
+ordered_json device_rows(Transformer& model, const Planner& planner, const Choice& best) {
     const Arena& arena = model.arena();
-    json rows;
+    ordered_json rows;
     int64_t work = best.arena;
     for (const char* section : kSections) {
         const int64_t bytes = section_bytes(arena, section);
@@ -102,7 +102,7 @@ json device_rows(Transformer& model, const Planner& planner, const Choice& best)
     return rows;
 }
 
-json host_rows(Transformer& model, const Planner& planner, const Choice& best) {
+ordered_json host_rows(Transformer& model, const Planner& planner, const Choice& best) {
     const Tensors& tensors = model.tensors();
     return {{"residual", best.host - int64_t(tensors.host_bytes())},
             {"optimizer_states", tensors.host_states_bytes},
@@ -111,7 +111,7 @@ json host_rows(Transformer& model, const Planner& planner, const Choice& best) {
             {"total", best.host + planner.limits().host_outside}};
 }
 
-json report(const Planner& planner, const Choice& best, const Longest& longest) {
+ordered_json report(const Planner& planner, const Choice& best, const Longest& longest) {
     const std::unique_ptr<Transformer> model = planner.model(best.options);
     const Options& o = best.options;
     const Machine& m = planner.machine();
@@ -119,7 +119,7 @@ json report(const Planner& planner, const Choice& best, const Longest& longest) 
     const int64_t N = o.batch * model->context();
     const int64_t tokens = o.tokens_per_step ? o.tokens_per_step : N;
     const Target& target = planner.target();
-    json all;
+    ordered_json all;
     all["model"] = model->describe();
     all["build"] = std::string(target.cuda ? "cuda " : "cpu ") + (target.real_bytes == 2 ? "bf16" : "fp32");
     all["parameters"] = model->tensors().count();
@@ -127,6 +127,7 @@ json report(const Planner& planner, const Choice& best, const Longest& longest) 
     all["options"] = {{"recompute", o.recompute},
                       {"chunk", o.chunk},
                       {"head_group", o.head_group ? o.head_group : model->heads()},
+                      {"logits_rows", o.logits_rows},
                       {"offload", o.offload},
                       {"optimizer", o.optimizer},
                       {"state", o.state},
@@ -182,13 +183,14 @@ std::string duration(double seconds) {
     return text;
 }
 
-void print_table(const json& all, const Limits& limits) {
-    auto text = [](const json& value) { return value.get<std::string>(); };
-    const json &o = all["options"], &time = all["time"];
+void print_table(const ordered_json& all, const Limits& limits) {
+    auto text = [](const ordered_json& value) { return value.get<std::string>(); };
+    const ordered_json &o = all["options"], &time = all["time"];
     printf("%s\n%s, batch %lld, %lld tokens a step, one rank\n", text(all["model"]).c_str(), text(all["build"]).c_str(),
            all["batch"].get<long long>(), all["tokens_per_step"].get<long long>());
-    printf("--recompute %s --chunk %lld --head-group %lld --offload %s\n", text(o["recompute"]).c_str(),
-           o["chunk"].get<long long>(), o["head_group"].get<long long>(), text(o["offload"]).c_str());
+    printf("--recompute %s --chunk %lld --head-group %lld --logits-rows %lld --offload %s\n",
+           text(o["recompute"]).c_str(), o["chunk"].get<long long>(), o["head_group"].get<long long>(),
+           o["logits_rows"].get<long long>(), text(o["offload"]).c_str());
     printf("--optimizer %s --state %s --master %s --grad %s\n\n", text(o["optimizer"]).c_str(),
            text(o["state"]).c_str(), text(o["master"]).c_str(), text(o["grad"]).c_str());
 
@@ -204,9 +206,9 @@ void print_table(const json& all, const Limits& limits) {
             row(words(key), bytes);
     }
     printf("work space by phase; the peak is the %s\n", text(all["peak_phase"]).c_str());
-    for (const json& phase : all["phases"]) {
+    for (const ordered_json& phase : all["phases"]) {
         std::string items;
-        for (const json& item : phase["largest"])
+        for (const ordered_json& item : phase["largest"])
             items += (items.empty() ? "" : ", ") + text(item["name"]) + " " + gib(item["bytes"]);
         for (size_t at; (at = items.find(" GiB")) != std::string::npos;) items.erase(at, 4);
         row(phase["name"], phase["work_space"], items);
@@ -220,7 +222,7 @@ void print_table(const json& all, const Limits& limits) {
         else if (bytes != 0)
             row(words(key), bytes);
     if (!all["savings"].empty()) printf("would save, by your word\n");
-    for (const json& saving : all["savings"])
+    for (const ordered_json& saving : all["savings"])
         row(saving["option"], saving["bytes"],
             saving["host_bytes"] != 0 ? "and " + gib(saving["host_bytes"]) + " of the host's" : "");
 

@@ -12,8 +12,6 @@
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-static void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }
-
 Run::Run(Options& options, const Device& device, Model& model, const Start& start)
     : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock),
       began_(steady_seconds()) {
@@ -73,6 +71,7 @@ void Run::open_log(bool resumed) {
                  {"recompute", options_.recompute},
                  {"chunk", options_.chunk},
                  {"head_group", options_.head_group},
+                 {"logits_rows", options_.logits_rows},
                  {"offload", options_.offload}});
 }
 

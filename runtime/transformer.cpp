@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <filesystem>
 #include <type_traits>
 
@@ -69,6 +68,7 @@ static ActivationMemory activation_memory(const Options& options) {
     memory.chunk = options.chunk;
     memory.head_group = options.head_group;
     memory.offload = waits_on_host(options, "residual");
+    if (options.logits_rows) memory.logits_rows = options.logits_rows;
     return memory;
 }
 
@@ -167,9 +167,9 @@ void Transformer::allocate() {
     if (training_ && !setup_.deterministic) {
         const Target& target = device_.target;
         const bool matters = target.cuda && target.real_bytes == sizeof(bf16) && C_ / H_ == 64;
-        fprintf(stderr, "warning: --deterministic off%s\n",
-                matters ? ": this run cannot be repeated to the bit"
-                        : " changes nothing here: only a bf16 build on a GPU, with heads of 64, has a faster order");
+        warn(matters ? "--deterministic off: this run cannot be repeated to the bit"
+                     : "--deterministic off changes nothing here: only a bf16 build on a GPU, with heads of 64, has a "
+                       "faster order");
     }
     arena_.commit();
     residuals_.allocate(setup_.folder);
@@ -183,8 +183,7 @@ std::string Transformer::write_file(FileWriter& file) {
     return write_weights(device_, file, params_);
 }
 
-// Tokens of logits held at a time: enough for the matmul's full rate, few enough to stay small beside the activations.
-int64_t Transformer::logits_rows() const { return std::min<int64_t>(K_, 512); }
+int64_t Transformer::logits_rows() const { return std::min(K_, setup_.activations.logits_rows); }
 
 const real* Transformer::ln1(int64_t l, int64_t n, int64_t K) {
     if (ln1_layer_ != l)

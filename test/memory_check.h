@@ -121,6 +121,9 @@ inline void check_memory_options_of(const Make& make, const golden::Config& c) {
                         check_same(got, whole);
                 }
         }
+    setup.activations = {};
+    setup.activations.logits_rows = 3;
+    check_close(outcome(make, c, setup), whole);
     setup.activations = {Recompute::none, 0, 1};
     CHECK_THROWS_AS(make(c, setup), BadInput);
     setup.activations = {Recompute::none, 0, 0, true};

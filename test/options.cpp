@@ -88,7 +88,8 @@ TEST_CASE("every option reaches its field") {
     want.weight_decay = 0.2, want.beta1 = 0.8, want.beta2 = 0.99, want.eps = 1e-6, want.clip = 0.5, want.skip_z = 4;
     want.max_skips = 6, want.val_every = 9, want.val_tokens = 1000, want.sample_every = 11, want.sample_tokens = 13;
     want.temperature = 0.5, want.top_k = 15, want.save_every = 17, want.keep = 19, want.max_hours = 1.5;
-    want.recompute = "block", want.chunk = 2048, want.head_group = 3, want.offload = "residual,state";
+    want.recompute = "block", want.chunk = 2048, want.head_group = 3, want.logits_rows = 700,
+    want.offload = "residual,state";
     want.memory = "16GiB", want.host_memory = "100GB";
     const Words words =
         Words{"--train", "a b.bin:2,c.bin"} +
@@ -98,7 +99,8 @@ TEST_CASE("every option reaches its field") {
                  "--final-lr 0.25 --weight-decay 0.2 --beta1 0.8 --beta2 0.99 --eps 1e-6 --clip 0.5 --skip-z "
                  "4 --max-skips 6 --val-every 9 --val-tokens 1000 --sample-every 11 --sample-tokens 13 "
                  "--temperature 0.5 --top-k 15 --save-every 17 --keep 19 --max-hours 1.5 --recompute block "
-                 "--chunk 2048 --head-group 3 --offload residual,state --memory 16GiB --host-memory 100GB");
+                 "--chunk 2048 --head-group 3 --logits-rows 700 --offload residual,state --memory 16GiB --host-memory "
+                 "100GB");
     CHECK(parse(words) == want);
 
     Options evaluation;
@@ -251,6 +253,7 @@ TEST_CASE("options.toml reads back exactly") {
         o.offload = Words{"", "none", "state", "state,master", "residual"}[random() % 5];
         if (o.recompute == "none" && o.offload == "residual") o.offload = "none";
         if (o.recompute != "none") o.head_group = int64_t(random() % 20);
+        o.logits_rows = int64_t(random() % 5000);
         o.memory = Words{"", "16GiB", "123456789"}[random() % 3], o.host_memory = Words{"", "1.5TB"}[random() % 2];
 
         const Family& family = i / 4 % 2 ? kPythia : kFamily;
@@ -501,7 +504,8 @@ TEST_CASE("a resume keeps what was chosen of its memory, until another of its op
     ScratchFolder folder;
     const std::string out = folder / "run";
     Options o = parse(kFresh);
-    o.memory = "16GiB", o.recompute = "block", o.chunk = 4096, o.head_group = 2, o.offload = "residual";
+    o.memory = "16GiB", o.recompute = "block", o.chunk = 4096, o.head_group = 2, o.logits_rows = 1024,
+    o.offload = "residual";
     std::filesystem::create_directories(out + "/step_00000001");
     put_file(out + "/options.toml", options_toml(o, kFamily));
     auto resumed = [&](const Words& words) { return parse(Words{"--resume", "--out", out} + words); };
@@ -512,6 +516,7 @@ TEST_CASE("a resume keeps what was chosen of its memory, until another of its op
         CHECK(open.recompute == "");
         CHECK(open.chunk == 0);
         CHECK(open.head_group == 0);
+        CHECK(open.logits_rows == 0);
         CHECK(open.offload == "");
     }
     const Options kept = resumed({"--recompute", "none", "--chunk", "64"});
@@ -528,7 +533,7 @@ TEST_CASE("--help names what exists, all of it, and nothing else") {
         Words named = keys(options_toml(Options(), family));
         for (const char* name : {"out", "resume", "eval", "config", "help", "plan", "plan-json", "plan-for", "gpu"})
             named.push_back(name);
-        CHECK(named.size() == (family.name == "GPT-2" ? 57 : 61));
+        CHECK(named.size() == (family.name == "GPT-2" ? 58 : 62));
         for (const std::string& name : named) {
             CAPTURE(name);
             CHECK(std::regex_search(help, std::regex("\n[* ] --" + name + "( |\n)")));

@@ -166,6 +166,24 @@ TEST_CASE("with memory to spare nothing is recomputed, cut or moved") {
     }
 }
 
+TEST_CASE("what room a GPU has left goes to more rows of logits at a time") {
+    const Words words = Words{"--model", "1,64,1", "--context", "8192"} + kAlone;
+    auto bytes = [&](const char* rows) {
+        const Plan plan(kGpt2, words + memory("16GiB") + Words{"--logits-rows", rows});
+        CHECK(plan.chosen().logits_rows == atoi(rows));
+        return plan.best.arena + plan.planner.limits().device_outside;
+    };
+    auto chosen = [&](const Words& more) { return Plan(kGpt2, words + more).chosen().logits_rows; };
+    CHECK(bytes("1024") > bytes("700"));
+    CHECK(chosen(memory("16GiB")) == 4096);
+    CHECK(chosen(memory(std::to_string(bytes("4096")))) == 4096);
+    CHECK(chosen(memory(std::to_string(bytes("4096") - 1))) == 2048);
+    CHECK(chosen(memory(std::to_string(bytes("1024")))) == 1024);
+    CHECK(chosen(memory(std::to_string(bytes("1024") - 1))) == 512);
+    CHECK(chosen(memory("16GiB") + Words{"--chunk", "1500"}) == 1024); // no more than there are at a time
+    CHECK(chosen({"--plan-for", "cpu"}) == 512);
+}
+
 TEST_CASE("copies count where they take longer than the work beside them") {
     const Words narrow = {"--model", "24,64,1", "--vocab",  "100",   "--context",   "256",
                           "--batch", "64",      "--memory", "16GiB", "--recompute", "block"};
