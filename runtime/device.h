@@ -26,6 +26,9 @@ struct Device {
     Device& operator=(const Device&) = delete;
 };
 
+// Throws RunFailed where kernels cannot run: no GPU, or too old a one.
+void check_machine();
+
 // Percent of the peak that a rate is, at most 100: a rate beyond the peak proves that to be too low. It then becomes
 // the peak, or what a CPU measures anew by the time that the process had of it.
 double peak_percent(const Device& device, double flops_per_second);

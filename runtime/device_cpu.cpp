@@ -11,6 +11,8 @@
 
 #include <omp.h>
 
+#include "errors.h"
+
 static double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -44,6 +46,8 @@ static double measure_peak(Matmul* mm, double (*clock)()) {
 
 Target this_target() { return {.cuda = false, .real_bytes = sizeof(real), .threads = omp_get_max_threads()}; }
 
+void check_machine() {}
+
 Device::Device(int64_t wanted) {
     if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
     target = this_target();
@@ -51,8 +55,8 @@ Device::Device(int64_t wanted) {
 #pragma omp single
     threads = omp_get_num_threads();
     if (threads == 1 && wanted != 1 && std::thread::hardware_concurrency() > 1)
-        fprintf(stderr, "warning: running on one thread of %u; --threads or OMP_NUM_THREADS set the number\n",
-                std::thread::hardware_concurrency());
+        warn("running on one thread of " + std::to_string(std::thread::hardware_concurrency()) +
+             "; --threads or OMP_NUM_THREADS set the number");
     matmul = matmul_open(stream);
     peak_flops = measure_peak(matmul, seconds);
 }

@@ -11,6 +11,7 @@
 
 #include "../kernels/launch.h"
 #include "errors.h"
+#include "random.h"
 
 #ifdef LONGHAND_SIMT
 static const char* const kBuild = "simt ";
@@ -30,7 +31,7 @@ static cudaDeviceProp properties() {
     return found;
 }
 
-static void check_gpu() {
+void check_machine() {
     int count = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0)
@@ -42,15 +43,29 @@ static void check_gpu() {
                         std::to_string(gpu.minor) + "; bf16 tensor cores need 8.0 (A100, RTX 30) or later");
 }
 
-// The best of a few square products, as large as fills the machine for about a millisecond.
+// A GPU that drives a display ends every kernel that keeps it from that for some seconds.
+static void warn_of_a_display() {
+    int timeout = 0;
+    check_cuda(cudaDeviceGetAttribute(&timeout, cudaDevAttrKernelExecTimeout, 0), "asking for the GPU's properties");
+    if (timeout)
+        warn("this GPU also drives a display, and ends a kernel after some seconds, as attention's at hundreds of "
+             "thousands of tokens may need: use another GPU, run without a display, or lower --head-group");
+}
+
+// The best of a few square products, as large as fills the machine for about a millisecond. Of random numbers: products
+// of zeros take less power, and so run at a higher clock than any step does.
 static double measure_peak(const Device& device) {
+    constexpr int64_t kPattern = int64_t(1) << 18;
+    std::vector<real> pattern(kPattern);
+    for (int64_t i = 0; i < kPattern; i++) assign(pattern[i], float(random_normal(0, 0, i)));
     double best = 0;
     for (int64_t n = 1024; n <= 8192; n *= 2) {
         real *a, *b, *c; // (n,n)
         size_t bytes = n * n * sizeof(real);
         for (real** matrix : {&a, &b, &c}) {
             *matrix = static_cast<real*>(device_alloc(bytes));
-            fill_zero(device, *matrix, bytes);
+            for (int64_t i = 0; i < n * n; i += kPattern)
+                upload(device, *matrix + i, pattern.data(), kPattern * sizeof(real));
         }
         real sink;
         auto product = [&] {
@@ -107,11 +122,12 @@ Device::Device(int64_t wanted) {
     if (wanted > 0) omp_set_num_threads(static_cast<int>(wanted));
     target = this_target();
     threads = omp_get_max_threads();
-    check_gpu();
+    check_machine();
     cudaStream_t created;
     check_cuda(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking), "creating a stream");
     stream = reinterpret_cast<Stream>(created);
     staging = new Staging;
+    warn_of_a_display();
     matmul = matmul_open(stream);
     peak_flops = measure_peak(*this);
 }

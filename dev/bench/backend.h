@@ -6,6 +6,9 @@
 
 namespace bench {
 
+// What a bench does; `what` is a word of the command line, for a bench that knows some, or empty.
+void run(const std::string& what);
+
 // Zeroed memory of the layers' device; on a CPU each page is touched first by the thread that will use it.
 void* allocate(size_t bytes);
 void release(void* pointer, size_t bytes);

@@ -52,9 +52,10 @@ public:
     float* floats() { return as<float>(); }
     real* reals() { return as<real>(); }
     template <class T> T* as() { return static_cast<T*>(data_); }
-    // The i-th of n elements becomes value(i).
+    // The i-th of n elements becomes value(i), which any thread may be asked.
     template <class Value> void fill(int64_t n, Value&& value) {
         std::vector<real> host(n);
+#pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < n; i++) assign(host[i], value(i));
         upload(data_, host.data(), n * sizeof(real));
     }

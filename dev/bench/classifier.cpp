@@ -3,7 +3,7 @@
 
 #include "bench.h"
 
-int main() {
+void bench::run(const std::string&) {
     bench::Table table;
     const int64_t V = 50257, Vp = 50304;
     for (int64_t N : {256, 8192}) {

@@ -6,7 +6,7 @@
 
 #include "bench.h"
 
-int main() {
+void bench::run(const std::string&) {
     bench::Table table;
     const int64_t C = 768, V = 50257;
     for (int64_t T : {256, 8192, 65536}) {

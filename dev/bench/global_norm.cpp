@@ -3,7 +3,7 @@
 
 #include "bench.h"
 
-int main() {
+void bench::run(const std::string&) {
     bench::Table table;
     for (int64_t n : {int64_t(768) * 768, int64_t(124439808)}) {
         bench::Buffer grads(n * sizeof(float)), scratch(global_norm_scratch(n)), norm(sizeof(float));

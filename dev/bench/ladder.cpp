@@ -19,7 +19,7 @@ std::vector<bf16> random_normal(int64_t n, uint64_t seed) {
 
 } // namespace
 
-int main() {
+void bench::run(const std::string&) {
     static_assert(sizeof(real) == sizeof(bf16), "the product's flash kernels are in bf16 builds only");
     constexpr int64_t kTokens = 16384, H = 32, D = 64, C = H * D;
     bench::Table table;

@@ -3,7 +3,7 @@
 
 #include "bench.h"
 
-int main() {
+void bench::run(const std::string&) {
     bench::Table table;
     const int64_t C = 768;
     for (int64_t N : {256, 8192, 65536}) {

@@ -1,8 +1,8 @@
 // The products of a GPT-2 124M step, at the 256 tokens of B=4 T=64 and at 2048; the logits; and one decoded token,
-// which can be no faster than the weights are read.
+// which can be no faster than the weights are read. `bench_matmul logits`: the logits alone, by the tokens at a time.
 #include "bench.h"
 
-int main() {
+void bench::run(const std::string& what) {
     bench::Table table;
     Matmul* mm = matmul_open(nullptr);
     struct Layer {
@@ -15,9 +15,13 @@ int main() {
                                  {"fc+gelu", 768, 3072, Gelu::tanh},
                                  {"fcproj", 3072, 768, Gelu::none},
                                  {"logits", 768, 50304, Gelu::none}};
-    for (int64_t N : bench::is_gpu() ? std::vector<int64_t>{1, 16384} : std::vector<int64_t>{1, 256, 2048})
+    std::vector<int64_t> tokens = {1, 256, 2048};
+    if (bench::is_gpu()) tokens = {1, 16384};
+    if (what == "logits") tokens = {512, 4096, 16384};
+    for (int64_t N : tokens)
         for (const Layer& l : kLayers) {
             int64_t C = l.C, OC = l.OC;
+            if (what == "logits" && what != l.name) continue;
             bench::Buffer out(N * OC * sizeof(real)), pre(N * OC * sizeof(real)), inp(N * C * sizeof(real)),
                 w(OC * C * sizeof(real)), bias(OC * sizeof(real)), dw(OC * C * sizeof(float)),
                 dbias(OC * sizeof(float));

@@ -4,7 +4,7 @@
 
 #include "bench.h"
 
-int main() {
+void bench::run(const std::string&) {
     bench::Table table;
     const bool half = sizeof(real) < sizeof(float);
     for (int64_t n : {int64_t(768) * 768, int64_t(124439808)}) {

@@ -3,7 +3,7 @@
 
 #include "../../kernels/rotary.h"
 
-int main() {
+void bench::run(const std::string&) {
     bench::Table table;
     struct Model {
         int64_t H, D;

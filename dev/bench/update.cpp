@@ -6,6 +6,8 @@
 
 #include <chrono>
 
+#include "backend.h"
+
 static double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -45,7 +47,7 @@ static void measure(const char* state, const char* embeddings) {
            1e3 * median(updates), 1e3 * median(steps), 100 * median(shares));
 }
 
-int main() {
+void bench::run(const std::string&) {
     measure("fp32", "fp32");
     measure("int8", "fp32");
     measure("int8", "int8");
