@@ -178,6 +178,14 @@ inline BlockChoice blocks_at(double part, uint64_t each = 3) {
     };
 }
 
+// Whether there is room for Huge arrays of so many bytes together; if not, a line says so. Only a GPU has to hold them
+// all, and one that does not have them may hang over it.
+inline bool has_room(double bytes) {
+    if (device_is_host() || kSimulated || bytes <= 0.9 * double(available_bytes(0))) return true;
+    MESSAGE("skipped: ", bytes / 1e9, " GB of free GPU memory are needed");
+    return false;
+}
+
 // More elements than memory could hold, for offsets past 2^31. Untouched pages read as zero and cost nothing;
 // `mirrored` arrays may be written everywhere too: all but the last window are one and the same piece of memory, seen
 // many times. On a GPU it is managed memory, all of it.
@@ -186,6 +194,7 @@ public:
     explicit Huge(int64_t n, bool mirrored = false) : bytes_((n * sizeof(T) / kWindow + 1) * kWindow) {
         simt::settings().device_bytes = size_t(1) << 42;
         if (!device_is_host()) {
+            REQUIRE(has_room(double(n) * sizeof(T)));
             data_ = static_cast<T*>(managed_alloc(n * sizeof(T)));
             // A write here and there must not take two megabytes each time.
             if (mirrored)
