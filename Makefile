@@ -21,10 +21,10 @@ FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
 	tokenizer
 TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(LOW),-include $(@D)/precompiled.h)
-# Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run.
-COLD = checkpoint dataset evaluation log loop option_table options outliers plan_report run_folder toml training \
-	$(if $(findstring asan,$@),files shards)
-COLD_FLAGS = $(if $(filter $(COLD),$(*F)),$(LOW))
+# Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run. Under sanitizers
+# they are one source, a third of their time one by one.
+COLD = checkpoint dataset evaluation log loop option_table options outliers plan_report run_folder toml training
+COLD_FLAGS = $(if $(filter $(COLD),$(*F)),-O1)
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native
@@ -38,18 +38,19 @@ TRAINERS = train_gpt2 train_pythia
 LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate global_norm optimizer
 RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
-NO_BENCHES = %_cpu.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
+NO_BENCHES = %_cpu.cpp %/main.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
 # A build's objects are where the least of its flags says: what no precision changes is compiled once, into build/common;
 # what the precision changes but no backend (the rest of runtime/, the trainers, nearly all tests) into build/fp32 and
 # build/bf16; kernels, *_cpu.cpp and *_cuda.cpp into the build's own. cpu-asan has all of its own. Tests of common sources
 # run once. dev/lint.py holds the sources to this.
-COMMON = checkpoint dataset files log option_table options outliers process run_folder sampler schedule shards signals \
+COMMON = checkpoint dataset files host_memory log option_table options outliers process run_folder sampler schedule shards signals \
 	tokenizer toml
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 PRECISION_OF_cuda = bf16
 precision = $(if $(filter %-asan,$(1)),$(1),$(or $(PRECISION_OF_$(1)),$(if $(filter %-bf16,$(1)),bf16,fp32)))
 home = $(if $(filter %_cpu %_cuda,$(2)),$(1),$(if $(filter %-asan,$(1)),$(1),$(if $(filter $(COMMON),$(2)),common,$(precision))))
-runtime_objects = $(foreach name,$(2),build/$(call home,$(1),$(name))/runtime/$(name).o)
+sources = $(if $(filter %-asan,$(1)),cold $(filter-out $(COLD),$(2)),$(2))
+runtime_objects = $(foreach name,$(call sources,$(1),$(2)),build/$(call home,$(1),$(name))/runtime/$(name).o)
 BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))
 LADDER = $(basename $(notdir $(wildcard dev/ladder/*.cu)))
 
@@ -61,8 +62,11 @@ CPU_BUILD = $(if $(filter bf16,$(PRECISION)),cpu-bf16,cpu)
 SIMT_BUILD = $(if $(filter bf16,$(PRECISION)),simt-bf16,simt)
 CUDA_BUILD = $(if $(filter fp32,$(PRECISION)),cuda-fp32,cuda)
 NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
-# "90a" for a GPU of compute capability 9.0; empty without a GPU.
-GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/')
+# "90a" for a GPU of compute capability 9.0; empty without a GPU that has bf16 tensor cores.
+GPU_CAPABILITY := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+GPU_ARCH := $(shell echo $(GPU_CAPABILITY) | awk '$$1 >= 8 { sub(/\./, ""); print $$0 == 90 ? "90a" : $$0 }')
+$(if $(GPU_ARCH),,$(if $(GPU_CAPABILITY),$(warning the GPU has compute capability $(GPU_CAPABILITY), and bf16 tensor \
+	cores need 8.0 or later: it is not used)))
 BEST_BUILD = $(if $(and $(NVCC),$(GPU_ARCH)),$(CUDA_BUILD),$(CPU_BUILD))
 
 TEST_COMMON = build/common/test/main.o build/common/libtest.a
@@ -97,6 +101,13 @@ $(eval $(call PRECISION_RULES,fp32,))
 $(eval $(call PRECISION_RULES,bf16,-DPRECISION_BF16=1))
 $(eval $(call PRECISION_RULES,cpu-asan,$$(ASAN_FLAGS)))
 
+build/cpu-asan/cold.cpp: Makefile
+	@mkdir -p $(@D)
+	@printf '#include "../../runtime/%s.cpp"\n' $(COLD) >$@
+build/cpu-asan/runtime/cold.o: build/cpu-asan/cold.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(ASAN_FLAGS) -O0 -c $< -o $@
+
 define CPU_RULES
 build/$(1)/%.o: kernels/%.cpp Makefile
 	@mkdir -p $$(@D)
@@ -114,7 +125,7 @@ build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 build/$(1)/test_%: build/$(precision)/test/%.o $(TEST_COMMON) build/common/without_simulator.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
-build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cpu.o build/$(1)/liblonghand.a
+build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/main.o build/$(1)/bench/backend_cpu.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 endef
 build/common/runtime/%.o: runtime/%.cpp Makefile
@@ -221,9 +232,9 @@ build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 build/$(1)/test_%: build/$(precision)/test/%.o $(TEST_COMMON) build/common/without_simulator.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
-build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
+build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/main.o build/$(1)/bench/backend_cuda.o build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
-build/$(1)/bench_ladder: build/$(1)/bench/ladder.o build/$(1)/bench/backend_cuda.o $(LADDER:%=build/$(1)/ladder/%.o) \
+build/$(1)/bench_ladder: build/$(1)/bench/ladder.o build/$(1)/bench/main.o build/$(1)/bench/backend_cuda.o $(LADDER:%=build/$(1)/ladder/%.o) \
 		build/$(1)/liblonghand.a
 	$(NVCC) $$(GENCODE) $$^ $(CUDA_LIBS) -o $$@
 endef

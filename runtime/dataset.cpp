@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kVersion = 2; // the first that was numbered; before it there was neither a hash nor a list of shards
 constexpr size_t kLargestFile = size_t(256) << 20; // a shard takes about 100 bytes
-constexpr size_t kHeaderBytes = 1024;
 constexpr size_t kPieceBytes = 4096, kPieces = 16;
 
 // The member `name` of an object, as an integer from `least` on or as a text; throws BadInput that begins with `where`.

@@ -1,11 +1,17 @@
 // Files that cannot lie: reading with checked bounds, writing with every error caught, fsynced and renamed whole. All
 // offsets are 64-bit.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
+
+// Every file of weights, tokens or a tokenizer of llm.c's manner begins with 256 int32.
+constexpr int kHeaderInts = 256;
+using Header = std::array<int32_t, kHeaderInts>;
+constexpr size_t kHeaderBytes = sizeof(Header);
 
 // A file that is read in pieces, and never mapped: a file that is cut under a mapping, or a disk that fails, is a
 // SIGBUS there and an exception here. Throws BadInput naming the file if it cannot be opened or is no regular file.

@@ -21,7 +21,6 @@ namespace {
 
 constexpr int32_t kMagic = 20240520, kVersion = 1;
 constexpr int32_t kLlama3Magic = 20240801; // the same layout with uint32 tokens
-constexpr size_t kHeaderBytes = 256 * sizeof(int32_t);
 
 // Tokens that are read at a time, 1 MiB; a thread's part of a scan; and from how many bytes on a scan is announced.
 constexpr int64_t kPiece = int64_t(1) << 19, kScanPart = int64_t(1) << 23;

@@ -68,10 +68,6 @@ struct Tensors {
     size_t states_bytes() const;
 };
 
-// Every model and shard file of llm.c's manner begins with 256 int32.
-constexpr int kHeaderInts = 256;
-using Header = std::array<int32_t, kHeaderInts>;
-constexpr size_t kHeaderBytes = sizeof(Header);
 Header read_header(const FileReader& file);
 
 enum class FileType { fp32, bf16, fp16 }; // versions 3, 5 and 6 of a weights file

@@ -8,7 +8,6 @@
 
 namespace {
 
-constexpr size_t kHeaderBytes = 256 * sizeof(int32_t);
 constexpr size_t kLargestFile = size_t(1) << 30; // real ones have less than 1 MiB
 constexpr int32_t kMagic = 20240328;
 constexpr int32_t kGpt2Tokens = 50257; // the only table that was ever written before the file named its end of text
