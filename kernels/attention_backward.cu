@@ -142,15 +142,17 @@ template <int D, int Keys, int Warps> __device__ __forceinline__ void add_dq(flo
 }
 
 // sums (B,H,Tq,D) is null where dQ is left to dq_kernel. How two warps share rows: see the table of tiles.
-template <int D, Tile T, bool WithDq, class Out> __global__ void __launch_bounds__(T.threads(), T.blocks())
+template <int D, Room R, bool WithDq, class Out>
+__global__ void __launch_bounds__(dk_dv_tile<D, WithDq>(R).threads(), dk_dv_tile<D, WithDq>(R).blocks())
     dk_dv_kernel(Heads<Out> dk, Heads<Out> dv, float* sums, Heads<const bf16> dout, Heads<const bf16> q,
                  Heads<const bf16> k, Heads<const bf16> v, Statistics statistics, View s) {
+    constexpr Tile T = dk_dv_tile<D, WithDq>(R);
     constexpr bool kExchange = exchanges<D>(T), kOneEach = T.sharing == 2 && !kExchange;
     using At = Layout<D, T, kExchange ? 2 : WithDq>;
     constexpr int kThreads = T.threads(), kColumns = T.columns;
     constexpr int M = T.warp_rows() / 16, N = kColumns / 8 / (kExchange ? 2 : 1);
     constexpr int kSums = kOneEach ? 1 : 2, kWidth = kExchange ? D / 2 : D;
-    if constexpr (!runs_here(T, [](Room room) { return dk_dv_tile<D>(room, WithDq); })) return;
+    if constexpr (!runs_here(R, dk_dv_tile<D, WithDq>)) return;
 
     Place place = place_of_block<false>(s); // the first keys are seen by the most queries
     const int64_t* starts = s.doc_start ? s.doc_start + static_cast<int64_t>(place.b) * s.Tq : nullptr;
@@ -313,11 +315,12 @@ template <class Out> void backward(Stream stream, Heads<Out> dq, Heads<Out> dk, 
             auto dk_dv = [&](auto with_dq) {
                 if (shape.B * shape.H * shape.Tk == 0) return;
                 constexpr bool kWithDq = with_dq;
-                constexpr Tile tile = dk_dv_tile<D>(room, kWithDq);
+                constexpr Room alike = first_alike(room, dk_dv_tile<D, kWithDq>);
+                constexpr Tile tile = dk_dv_tile<D, kWithDq>(alike);
                 using At = Layout<D, tile, exchanges<D>(tile) ? 2 : kWithDq>;
                 static_assert(At::bytes <= bytes_of(room));
                 View view = view_of(shape, scale, shape.Tk, tile.rows);
-                launch(dk_dv_kernel<D, tile, kWithDq, Out>, grid_of(view), dim3(tile.threads()), At::bytes, stream,
+                launch(dk_dv_kernel<D, alike, kWithDq, Out>, grid_of(view), dim3(tile.threads()), At::bytes, stream,
                        group_of(dk, h), group_of(dv, h), sums, dout_here, q_here, k_here, v_here, statistics, view);
             };
             if constexpr (D == 64 && std::is_same_v<Out, bf16>)

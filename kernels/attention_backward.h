@@ -62,16 +62,23 @@ template <int D> constexpr Tile dq_tile(Room room) {
     if (D == 80 && room != Room::small) return {128, 32, 4, 2};
     return {128, 32, D <= 64 ? 4 : 8, 2};
 }
-template <int D> constexpr Tile dk_dv_tile(Room room, bool with_dq) {
+template <int D, bool WithDq> constexpr Tile dk_dv_tile(Room room) {
     if (D == 256) return {64, 32, 8, room == Room::small ? 1 : 2, 2};
     if (D == 128 && room != Room::small) return {128, 64, 8, 2, 2};
     if (D == 80) return {128, 64, 8, 2};
-    if (D == 64 && with_dq) return {128, 32, 4, room == Room::small ? 1 : 2};
+    if (D == 64 && WithDq) return {128, 32, 4, room == Room::small ? 1 : 2};
     return {128, 32, D <= 64 ? 4 : 8, 2};
 }
-// Is a kernel with `tile` launched on the architecture that is compiled, given the table of its tiles by room? Bodies
-// of others stay empty: their compilers would spill.
-template <class Table> constexpr bool runs_here(Tile tile, Table table) {
+// The least room with the same tile: one kernel serves all of them. Kernels are told apart by it and not by the tile,
+// since what nvcc 13 writes to launch a template with a class among its arguments does not compile.
+template <class Table> constexpr Room first_alike(Room room, Table table) {
+    if (table(Room::small) == table(room)) return Room::small;
+    return table(Room::medium) == table(room) ? Room::medium : room;
+}
+// Is a kernel with the tile of `room` launched on the architecture that is compiled, given the table of its tiles?
+// Bodies of others stay empty: their compilers would spill.
+template <class Table> constexpr bool runs_here(Room room, Table table) {
+    const Tile tile = table(room);
     return !(kSmallShared && !(tile == table(Room::small))) &&
            !(kLargeShared && !(tile == table(Room::medium)) && !(tile == table(Room::large)));
 }

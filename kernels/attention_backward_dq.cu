@@ -6,13 +6,14 @@ namespace flash {
 namespace {
 
 // Where two warps share rows, each takes half of a tile's columns.
-template <int D, Tile T, class Out> __global__ void __launch_bounds__(T.threads(), T.blocks())
+template <int D, Room R, class Out> __global__ void __launch_bounds__(dq_tile<D>(R).threads(), dq_tile<D>(R).blocks())
     dq_kernel(Heads<Out> dq, Heads<const bf16> dout, Heads<const bf16> q, Heads<const bf16> k, Heads<const bf16> v,
               Statistics statistics, View s) {
+    constexpr Tile T = dq_tile<D>(R);
     using At = Layout<D, T>;
     constexpr int kThreads = T.threads(), kColumns = T.columns, kSharing = T.sharing;
     constexpr int M = T.warp_rows() / 16, N = kColumns / kSharing / 8;
-    if constexpr (!runs_here(T, dq_tile<D>)) return;
+    if constexpr (!runs_here(R, dq_tile<D>)) return;
 
     Place place = place_of_block<true>(s);
     const int64_t* starts = s.doc_start ? s.doc_start + static_cast<int64_t>(place.b) * s.Tq : nullptr;
@@ -133,11 +134,12 @@ template <class Out> void launch_dq(Stream stream, Heads<Out> dq, Heads<const bf
         with_head_dim(shape.D, [&](auto dim) {
             with_room([&](auto room) {
                 constexpr int D = dim;
-                constexpr Tile tile = dq_tile<D>(room);
+                constexpr Room alike = first_alike(room, dq_tile<D>);
+                constexpr Tile tile = dq_tile<D>(alike);
                 using At = Layout<D, tile>;
                 static_assert(At::bytes <= bytes_of(room));
                 View view = view_of(shape, scale, shape.Tq, tile.rows);
-                launch(dq_kernel<D, tile, Out>, grid_of(view), dim3(tile.threads()), At::bytes, stream, dq, dout, q, k,
+                launch(dq_kernel<D, alike, Out>, grid_of(view), dim3(tile.threads()), At::bytes, stream, dq, dout, q, k,
                        v, statistics, view);
             });
         });

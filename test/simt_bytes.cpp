@@ -350,7 +350,7 @@ template <int D> void check_backward(AttentionShape s, flash::Room room, bool de
     s.deterministic = deterministic;
     simt::SettingsGuard guard;
     simt::settings().shared_per_block = flash::bytes_of(room);
-    flash::Tile tile = flash::dk_dv_tile<D>(room, !deterministic);
+    flash::Tile tile = deterministic ? flash::dk_dv_tile<D, false>(room) : flash::dk_dv_tile<D, true>(room);
     Problem p(s);
     const double heads = double(s.B) * s.H, row = D * 2, statistics = 8;
     auto products = [](flash::Tile t) { return t.rows * t.columns * D / 2048.0; };
