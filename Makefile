@@ -47,6 +47,7 @@ COMMON = checkpoint dataset files host_memory log option_table options outliers 
 	tokenizer toml
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 PRECISION_OF_cuda = bf16
+PRECISION_OF_cuda-sm80 = bf16
 precision = $(if $(filter %-asan,$(1)),$(1),$(or $(PRECISION_OF_$(1)),$(if $(filter %-bf16,$(1)),bf16,fp32)))
 home = $(if $(filter %_cpu %_cuda,$(2)),$(1),$(if $(filter %-asan,$(1)),$(1),$(if $(filter $(COMMON),$(2)),common,$(precision))))
 sources = $(if $(filter %-asan,$(1)),cold $(filter-out $(COLD),$(2)),$(2))
@@ -240,6 +241,10 @@ build/$(1)/bench_ladder: build/$(1)/bench/ladder.o build/$(1)/bench/main.o build
 endef
 $(eval $(call CUDA_RULES,cuda,-DPRECISION_BF16=1))
 $(eval $(call CUDA_RULES,cuda-fp32,))
+# Of one architecture, and apart from what users build: `make test` compiles and links it, GPU or not.
+$(eval $(call CUDA_RULES,cuda-sm80,-DPRECISION_BF16=1))
+build/cuda-sm80/%: ARCHS = 80
+build/cuda-sm80/%.o: NVCC_FLAGS += -Werror all-warnings
 .PHONY: nvcc nvcc-flags
 nvcc-flags:
 	@echo $(filter-out -MMD -MP,$(NVCC_FLAGS))

@@ -33,6 +33,7 @@ PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
 SHARES = {"common": 60, "cpu": 240, "cpu-bf16": 240, "asan": 240, "simt": 680, "nvcc": 110, "python": 230}
 PYTHON_BUILDS = ["cpu", "cpu-bf16", "simt", "simt-bf16"]  # whose trainers the Python tests run
 TRAINERS = ["train_gpt2", "train_pythia"]
+CUDA_BUILD = "cuda-sm80"  # compiled, its launches' host side too, and linked, GPU or not
 LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -171,6 +172,11 @@ def tests():
     return simulator, kernels, common, [n for n in rest if n not in common]
 
 
+def benches():
+    return sorted(f"bench_{path.stem}" for path in (ROOT / "dev" / "bench").glob("*.cpp")
+                  if path.stem not in ("main", "backend_cpu"))
+
+
 def nvcc_jobs(tally, assembled, long):
     nvcc = assemble.find_nvcc()
     if not nvcc:
@@ -182,7 +188,7 @@ def nvcc_jobs(tally, assembled, long):
         if arch not in known:
             tally.skip(f"this nvcc does not know sm_{arch}")
     if not long:
-        tally.reasons.append("sm_86, sm_89 and sm_120 (make test-long assembles for them)")
+        tally.reasons.append("sm_86, sm_89 and sm_120, and sm_80 but for attention (make test-long assembles for them)")
     flags = assemble.nvcc_flags()
     disassembler = sass.find_tool("nvdisasm")
     if not disassembler:
@@ -211,7 +217,11 @@ def nvcc_jobs(tally, assembled, long):
 
         return Job("nvcc", f"nvcc {source.name} {precision} sm_{arch}", work, read)
 
-    return [job(*each) for each in assemble.jobs(assemble.all_sources(), [arch for arch in archs if arch in known])]
+    def wanted(source, precision, arch):  # sm_80 is also what CUDA_BUILD is compiled for
+        return long or arch != "80" or precision == "fp32" or source.name.startswith("attention")
+
+    return [job(*each) for each in assemble.jobs(assemble.all_sources(), [arch for arch in archs if arch in known])
+            if wanted(*each)]
 
 
 def read_pytest(tally, name, done):
@@ -274,6 +284,9 @@ def plan(tally, parts, long, assembled):
             builds[name] = part, targets + [f"build/{name}/{trainer}" for trainer in TRAINERS]
     if "nvcc" in parts:
         jobs += nvcc_jobs(tally, assembled, long)
+        if assemble.find_nvcc():
+            build(CUDA_BUILD, "nvcc", kernels)
+            builds[CUDA_BUILD][1].extend(f"build/{CUDA_BUILD}/{name}" for name in TRAINERS + benches())
     if "asan" in parts:
         build("cpu-asan", "asan", SANITIZED)
         jobs += [doctest("asan", "cpu-asan", test, long, alone) for test in SANITIZED]
