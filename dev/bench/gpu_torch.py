@@ -2,7 +2,7 @@
 """PyTorch's side of dev/gpu_check.sh, on the same GPU: attention by its flash and cuDNN backends at the shapes of
 dev/bench/attention.cpp, the byte-moving kernels, and steps of GPT-2 124M, compiled.
 
-    python3 dev/bench/gpu_torch.py [attention|bytes|step ...]
+    python3 dev/bench/gpu_torch.py [attention|quick|bytes|step ...]      quick: attention at three lengths
 """
 
 import math
@@ -38,11 +38,11 @@ def milliseconds(call, seconds=0.3):
     return sorted(times)[len(times) // 2]
 
 
-def attention():
+def attention(lengths=(2048, 4096, 8192, 16384)):
     print(f"{'attention':<34} {'backend':<8} {'forward ms':>10} {'TFLOP/s':>8} {'backward ms':>11} {'TFLOP/s':>8}")
     for D in (64, 128):
-        for T in (2048, 4096, 8192, 16384):
-            B, H = 16384 // T, 2048 // D
+        for T in lengths:
+            B, H = max(16384 // T, 1), (2048 if T <= 16384 else 256) // D
             shape = f"B={B} T={T} H={H} D={D}"
             q, k, v = (torch.randn(B, H, T, D, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(3))
             dout = torch.randn(B, H, T, D, device=DEVICE, dtype=DTYPE)
@@ -141,5 +141,5 @@ if __name__ == "__main__":
     print(f"PyTorch {torch.__version__}, {torch.cuda.get_device_name()}")
     chosen = sys.argv[1:] or ["bytes", "attention", "step"]
     for part in chosen:
-        {"attention": attention, "bytes": bytes_moved, "step": step}[part]()
+        {"attention": attention, "quick": lambda: attention((2048, 16384, 131072)), "bytes": bytes_moved, "step": step}[part]()
         sys.stdout.flush()
