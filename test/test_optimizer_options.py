@@ -134,7 +134,7 @@ def test_a_resume_keeps_its_kind(whole):
 
 
 def last_loss(data, folder, family, precision, **chosen):
-    chosen = {"steps": 150, "lr": 5e-3, "val_every": 150, "sample_every": 0, "save_every": 0, **chosen}
+    chosen = {"steps": 150, "lr": 5e-3, "threads": 1, "val_every": 150, "sample_every": 0, "save_every": 0, **chosen}
     done = run(family, precision, *options(data, **chosen), "--out", folder)
     assert done.returncode == DONE, done.stderr
     return [event["loss"] for event in untimed(folder) if event["event"] == "val"][-1]
