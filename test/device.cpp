@@ -1,11 +1,15 @@
 // Memory of a device and its way to and from the host, in the order that a run relies on.
 #include "../runtime/device.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "asynchronous.h"
 #include "check.h"
+#include "scratch.h"
 
 namespace {
 
@@ -66,4 +70,24 @@ TEST_CASE("what a run may take, and how fast it is") {
     CHECK(available_bytes(0) <= all - taken);
     device_free(memory, taken);
     CHECK(available_bytes(0) == all);
+}
+
+TEST_CASE("a GPU that drives a display, and ends what keeps it from that, is warned of") {
+    if (!check::kSimulated) return;
+    ScratchFolder folder;
+    const std::string path = folder / "stderr.txt";
+    auto said = [&](bool timeout) {
+        simt::SettingsGuard guard;
+        simt::settings().kernel_timeout = timeout;
+        fflush(stderr);
+        const int kept = dup(STDERR_FILENO);
+        demand(freopen(path.c_str(), "w", stderr) != nullptr, "stderr opens");
+        { Device device(0); }
+        fflush(stderr);
+        dup2(kept, STDERR_FILENO);
+        close(kept);
+        return get_file(path);
+    };
+    CHECK(said(false) == "");
+    CHECK(said(true).rfind("warning: this GPU also drives a display", 0) == 0);
 }

@@ -184,6 +184,15 @@ TEST_CASE("what room a GPU has left goes to more rows of logits at a time") {
     CHECK(chosen({"--plan-for", "cpu"}) == 512);
 }
 
+TEST_CASE("what dQ in any order is summed in is planned for") {
+    auto arena = [](const char* model, const char* deterministic) {
+        const Words words{"--model", model, "--context", "8192", "--vocab", "256", "--deterministic", deterministic};
+        return Plan(kGpt2, words + kAlone + memory("16GiB")).best.arena;
+    };
+    CHECK(arena("1,128,2", "off") > arena("1,128,2", "on"));
+    CHECK(arena("1,128,4", "off") == arena("1,128,4", "on")); // heads of 32
+}
+
 TEST_CASE("copies count where they take longer than the work beside them") {
     const Words narrow = {"--model", "24,64,1", "--vocab",  "100",   "--context",   "256",
                           "--batch", "64",      "--memory", "16GiB", "--recompute", "block"};

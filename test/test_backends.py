@@ -1,5 +1,6 @@
 """The CUDA kernels train both families as the CPU's do: the same ten steps of a tiny model, under dev/simt and on the CPU."""
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,11 +19,11 @@ import compare_losses  # noqa: E402
 BOUNDS = {"": 1e-5, "-bf16": 4e-4}
 
 
-def train(trainer, build, folder, shard, *options):
+def train(trainer, build, folder, shard, *options, **environment):
     done = subprocess.run(
         [ROOT / "build" / build / trainer, "--model", "tiny", "--vocab", "256", "--train", shard, "--out", folder,
          "--context", "70", "--batch", "2", "--tokens-per-step", "140", "--steps", "10", "--lr", "3e-3", "--warmup", "2",
-         "--seed", "3", "--save-every", "0", *options], capture_output=True, text=True)
+         "--seed", "3", "--save-every", "0", *options], capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], done.stdout + done.stderr
 
@@ -49,8 +50,12 @@ def test_any_order_of_dq_is_said_at_the_start_and_changes_the_losses_by_rounding
     subprocess.run([sys.executable, ROOT / "dev" / "markov_shard.py", shard, "--tokens", "4000"], check=True)
     losses = {}
     for build, on_off in (("simt-bf16", "on"), ("simt-bf16", "off"), ("cpu-bf16", "off")):
-        log, said = train("train_gpt2", build, tmp_path / f"{build}-{on_off}", shard, "--deterministic", on_off)
+        launches = tmp_path / f"launches-{build}-{on_off}"
+        log, said = train("train_gpt2", build, tmp_path / f"{build}-{on_off}", shard, "--deterministic", on_off,
+                          SIMT_LAUNCHES=str(launches))
         losses[build, on_off] = [line["loss"] for line in log if line["event"] == "step"]
         assert ("cannot be repeated to the bit" in said) == ((build, on_off) == ("simt-bf16", "off"))
         assert ("--deterministic off changes nothing here" in said) == (build == "cpu-bf16")
+        if build == "simt-bf16":  # dQ in a fixed order has a kernel of its own
+            assert ("dq_kernel" in launches.read_text()) == (on_off == "on")
     assert compare_losses.difference(losses["simt-bf16", "on"], losses["simt-bf16", "off"]) <= BOUNDS["-bf16"]
