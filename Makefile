@@ -47,7 +47,7 @@ COMMON = checkpoint dataset files host_memory log option_table options outliers 
 	tokenizer toml
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 PRECISION_OF_cuda = bf16
-PRECISION_OF_cuda-sm80 = bf16
+PRECISION_OF_cuda-sm90a = bf16
 precision = $(if $(filter %-asan,$(1)),$(1),$(or $(PRECISION_OF_$(1)),$(if $(filter %-bf16,$(1)),bf16,fp32)))
 home = $(if $(filter %_cpu %_cuda,$(2)),$(1),$(if $(filter %-asan,$(1)),$(1),$(if $(filter $(COMMON),$(2)),common,$(precision))))
 sources = $(if $(filter %-asan,$(1)),cold $(filter-out $(COLD),$(2)),$(2))
@@ -213,10 +213,10 @@ CUDA_LIBS = -lcublasLt -Xcompiler -fopenmp
 define CUDA_RULES
 build/$(1)/%.o: kernels/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
-	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
+	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@ $$(SAID)
 build/$(1)/ladder/%.o: dev/ladder/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
-	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
+	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@ $$(SAID)
 build/$(1)/runtime/%_cuda.o: runtime/%_cuda.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
@@ -225,7 +225,7 @@ build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $$(CUDA_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/bench/%.o: dev/bench/%.cu Makefile | nvcc
 	@mkdir -p $$(@D)
-	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@
+	$(NVCC) $$(NVCC_FLAGS) $$(GENCODE) $(2) -c $$< -o $$@ $$(SAID)
 build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME))
 	@rm -f $$@
 	ar rcs $$@ $$^
@@ -241,10 +241,12 @@ build/$(1)/bench_ladder: build/$(1)/bench/ladder.o build/$(1)/bench/main.o build
 endef
 $(eval $(call CUDA_RULES,cuda,-DPRECISION_BF16=1))
 $(eval $(call CUDA_RULES,cuda-fp32,))
-# Of one architecture, and apart from what users build: `make test` compiles and links it, GPU or not.
-$(eval $(call CUDA_RULES,cuda-sm80,-DPRECISION_BF16=1))
-build/cuda-sm80/%: ARCHS = 80
-build/cuda-sm80/%.o: NVCC_FLAGS += -Werror all-warnings
+# Of one architecture, and apart from what users build: `make test` compiles and links it, GPU or not. Beside NAME.o lies its
+# machine code, NAME.cubin, and what the assembler said, NAME.o.said (dev/assemble.py).
+$(eval $(call CUDA_RULES,cuda-sm90a,-DPRECISION_BF16=1))
+build/cuda-sm90a/%: ARCHS = 90a
+build/cuda-sm90a/%.o: NVCC_FLAGS += -Werror all-warnings -Xptxas -v --keep --keep-dir $(@D)
+build/cuda-sm90a/%.o: SAID = >$@.said 2>&1 || { cat $@.said; exit 1; }
 .PHONY: nvcc nvcc-flags
 nvcc-flags:
 	@echo $(filter-out -MMD -MP,$(NVCC_FLAGS))

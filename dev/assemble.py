@@ -78,7 +78,12 @@ def assemble(nvcc, flags, source, precision, arch, run, cubin=None):
         done = run([nvcc, *flags, *PRECISIONS[precision], f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
                     "-Xptxas", "-v", "-o", str(cubin or f"{folder}/out.cubin"), str(source)])
     said = done.stdout + done.stderr
-    if done.returncode or "warning" in said:
+    return ([], said[:3000]) if done.returncode else read(said, source, precision, arch)
+
+
+def read(said, source, precision, arch):
+    """The same from what nvcc said."""
+    if "warning" in said:
         return [], said[:3000]
     found, stack = [], (0, 0, 0)
     for line in said.splitlines():
@@ -144,11 +149,21 @@ def jobs(sources, archs):
 
 def check(nvcc, flags, source, precision, arch, run=run, cubin=None):
     """(kernels, what is wrong): it does not assemble, or attention spills."""
-    kernels, problem = assemble(nvcc, flags, source, precision, arch, run, cubin)
+    return spills(source, *assemble(nvcc, flags, source, precision, arch, run, cubin))
+
+
+def spills(source, kernels, problem):
     for kernel in kernels:
         if source.name.startswith("attention") and (kernel.spills or kernel.stack):
             problem += f"{kernel.name} spills {kernel.spills} bytes, {kernel.stack} bytes of local memory\n"
     return kernels, problem
+
+
+def check_built(source, precision, arch, build):
+    """The same of what make has compiled into the folder `build`, and the path of its machine code."""
+    folder = build / "ladder" if source.parent.name == "ladder" else build
+    said = (folder / f"{source.stem}.o.said").read_text(encoding="utf-8")
+    return *spills(source, *read(said, source, precision, arch)), folder / f"{source.stem}.cubin"
 
 
 def check_all(nvcc, archs, sources, done):

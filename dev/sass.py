@@ -259,7 +259,7 @@ def beside(tool, path, part, archs):
         if path.suffix != ".cubin":
             extract = find_tool("cuobjdump")
             if not extract:
-                raise RuntimeError("no cuobjdump on PATH, beside nvcc or in .venv (pip install nvidia-cuda-cuobjdump)")
+                sys.exit("sass.py: no cuobjdump on PATH, beside nvcc or in .venv (pip install nvidia-cuda-cuobjdump)")
             for arch in archs:
                 subprocess.run([extract, "-xelf", f"sm_{arch}", str(path.resolve())], cwd=folder, check=True,
                                capture_output=True)

@@ -33,7 +33,7 @@ PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
 SHARES = {"common": 60, "cpu": 240, "cpu-bf16": 240, "asan": 240, "simt": 680, "nvcc": 110, "python": 230}
 PYTHON_BUILDS = ["cpu", "cpu-bf16", "simt", "simt-bf16"]  # whose trainers the Python tests run
 TRAINERS = ["train_gpt2", "train_pythia"]
-CUDA_BUILD = "cuda-sm80"  # compiled, its launches' host side too, and linked, GPU or not
+CUDA_BUILD, CUDA_ARCH = "cuda-sm90a", "90a"  # compiled, its launches' host side too, and linked, GPU or not
 LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -177,12 +177,9 @@ def benches():
                   if path.stem not in ("main", "backend_cpu"))
 
 
-def nvcc_jobs(tally, assembled, long):
+def nvcc_jobs(tally, assembled, long, known):
+    """What each source's machine code is, of the build that links and of more assembled for this."""
     nvcc = assemble.find_nvcc()
-    if not nvcc:
-        tally.skip("nvcc is not installed: no kernel was assembled")
-        return []
-    known = assemble.known_archs(nvcc)
     archs = [arch for arch in assemble.ARCHS if long or arch in ("80", "90a")]
     for arch in archs:
         if arch not in known:
@@ -194,7 +191,18 @@ def nvcc_jobs(tally, assembled, long):
     if not disassembler:
         tally.skip("no nvdisasm: the instructions of attention's inner loops were not counted")
 
+    def sass_check(cubin, source, precision, arch):
+        wanted = cubin.exists() and precision == "bf16" and (long or arch in ("80", CUDA_ARCH))
+        return sass.check(disassembler, cubin, source, arch) if wanted else ""
+
     def job(source, precision, arch):
+        built = (precision, arch) == ("bf16", CUDA_ARCH)
+
+        def read_built():
+            kernels, problem, cubin = assemble.check_built(source, precision, arch, ROOT / "build" / CUDA_BUILD)
+            assembled.extend(kernels)
+            return Done(0, problem + sass_check(cubin, source, precision, arch), "", 0, 0)
+
         def work():
             taken = []
 
@@ -205,8 +213,7 @@ def nvcc_jobs(tally, assembled, long):
             with tempfile.TemporaryDirectory(prefix="longhand_nvcc_") as folder:
                 cubin = Path(folder) / "out.cubin"
                 kernels, problem = assemble.check(nvcc, flags, source, precision, arch, quiet, cubin)
-                if cubin.exists() and precision == "bf16" and (long or arch == "80"):
-                    problem += sass.check(disassembler, cubin, source, arch)
+                problem += sass_check(cubin, source, precision, arch)
             assembled.extend(kernels)
             return taken[0]._replace(stdout=problem)
 
@@ -215,9 +222,10 @@ def nvcc_jobs(tally, assembled, long):
             if done.stdout:
                 report(name, done.seconds, f"FAILED\n{done.stdout}")
 
-        return Job("nvcc", f"nvcc {source.name} {precision} sm_{arch}", work, read)
+        return Job("nvcc", f"nvcc {source.name} {precision} sm_{arch}", read_built if built else work, read,
+                   [CUDA_BUILD] if built else [])
 
-    def wanted(source, precision, arch):  # sm_80 is also what CUDA_BUILD is compiled for
+    def wanted(source, precision, arch):
         return long or arch != "80" or precision == "fp32" or source.name.startswith("attention")
 
     return [job(*each) for each in assemble.jobs(assemble.all_sources(), [arch for arch in archs if arch in known])
@@ -283,8 +291,12 @@ def plan(tally, parts, long, assembled):
             part, targets = builds.get(name, (name.removesuffix("-bf16") if "simt" in name else name, []))
             builds[name] = part, targets + [f"build/{name}/{trainer}" for trainer in TRAINERS]
     if "nvcc" in parts:
-        jobs += nvcc_jobs(tally, assembled, long)
-        if assemble.find_nvcc():
+        nvcc = assemble.find_nvcc()
+        known = assemble.known_archs(nvcc) if nvcc else []
+        if CUDA_ARCH not in known:
+            tally.skip("nvcc is not installed, or older than 12: nothing was compiled for a GPU")
+        else:
+            jobs += nvcc_jobs(tally, assembled, long, known)
             build(CUDA_BUILD, "nvcc", kernels)
             builds[CUDA_BUILD][1].extend(f"build/{CUDA_BUILD}/{name}" for name in TRAINERS + benches())
     if "asan" in parts:
