@@ -11,8 +11,8 @@
 # Before anything is downloaded it prints the memory of its longest stage, and ends with exit code 3 if that does not
 # fit. Stopped, it goes on where it was when started again. Rotary positions are stretched by YaRN, anew at each stage.
 # To fit, optimizer states are in 8 bits, gradients in bf16, and there are no float master weights (STATE, GRAD,
-# MASTER). Of 40 GB a card shows a little less, hence MEMORY. By the plan a step of 131,072 tokens takes 40 seconds, one
-# of 524,288 ten minutes and one of 1,048,576 50, nearly all of it attention. Disk: 7 GB a checkpoint, of which
+# MASTER). Of 40 GB a card shows a little less, hence MEMORY. By the plan a step of 131,072 tokens takes 48 seconds, one
+# of 524,288 twelve minutes and one of 1,048,576 an hour, nearly all of it attention. Disk: 7 GB a checkpoint, of which
 # each stage keeps two, and 25 for all else.
 # shellcheck source=scripts/stages.sh
 . "$(dirname "$0")/stages.sh"

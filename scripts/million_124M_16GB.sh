@@ -9,7 +9,7 @@
 # Before anything is downloaded it prints the memory of its longest stage, and ends with exit code 3 if that does not
 # fit. Stopped, it goes on where it was when started again. Position t looks up row t mod 1,024 of GPT-2's table
 # (--positions tied): a table of a million rows would be 0.8 billion parameters. Of 16 GB a card shows a little less,
-# hence MEMORY. By the plan a step of 262,144 tokens takes an L4 a minute and a half and one of 1,048,576 25 minutes,
+# hence MEMORY. By the plan a step of 262,144 tokens takes an L4 100 seconds and one of 1,048,576 25 minutes,
 # nearly all of it attention. Disk: about 8 GB, 12 for a million tokens.
 # shellcheck source=scripts/stages.sh
 . "$(dirname "$0")/stages.sh"
