@@ -19,10 +19,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bitsandbytes
-import bitsandbytes.functional
 import numpy as np
-import torch
+
+try:
+    import bitsandbytes
+    import bitsandbytes.functional
+    import torch
+except ImportError as error:
+    print(f"{Path(__file__).name}: error: the Python package {error.name} is missing: pip install {error.name}",
+          file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parent.parent
 TIE = 4e-7  # of the terms whose sum the value is: a few roundings of float

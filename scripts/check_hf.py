@@ -20,6 +20,7 @@ import json
 import os
 import sys
 
+import golden_packages  # noqa: F401
 import numpy as np
 import torch
 import transformers

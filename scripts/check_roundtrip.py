@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 
+import golden_packages  # noqa: F401
 import torch
 import transformers
 

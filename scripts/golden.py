@@ -12,6 +12,7 @@ import math
 import pathlib
 from collections.abc import Callable
 
+import golden_packages  # noqa: F401
 import numpy as np
 import torch
 import transformers

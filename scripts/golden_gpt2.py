@@ -6,6 +6,7 @@
 
 scripts/golden.py says what a golden file holds.
 """
+import golden_packages  # noqa: F401
 import transformers
 
 import golden

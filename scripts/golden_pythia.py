@@ -14,6 +14,7 @@ scripts/golden.py says what a golden file holds. Two things are not as transform
 """
 import contextlib
 
+import golden_packages  # noqa: F401
 import torch
 import transformers
 from transformers import modeling_rope_utils as rope_utils

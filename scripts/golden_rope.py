@@ -15,6 +15,7 @@ import json
 import pathlib
 import random
 
+import golden_packages  # noqa: F401
 import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
