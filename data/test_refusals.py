@@ -85,7 +85,7 @@ def test_errors_are_one_line_with_a_code(gpt2_like, tmp_path, capsys):
         ([tmp_path / "plain.txt.gz", *out, *raw], "plain.txt.gz: cannot be read"),
         ([tmp_path / "plain.txt.zst", *out, *raw], "plain.txt.zst: cannot be read"),
         ([tmp_path / "list.json", *out, *raw], "named .jsonl"),
-        ([text, *out, "--tokenizer", tmp_path / "none.json"], "none.json: cannot be read"),
+        ([text, *out, "--tokenizer", tmp_path / "none.json"], "none.json: cannot be read (No such file or directory); scripts/download_hf.py"),
         ([text, *out, "--tokenizer", tmp_path / "list.json"], "not a tokenizer.json"),
         ([text, *out, "--tokenizer", tmp_path / "wordpiece.json"], "wordpiece.json: "),
         ([text, *out, "--tokenizer", tmp_path / "prefix.json"], "prefix space"),

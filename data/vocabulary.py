@@ -151,6 +151,8 @@ def load(path: str, eot_text: str) -> Vocabulary:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             text = file.read()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); scripts/download_hf.py gets a model's") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
