@@ -338,10 +338,19 @@ std::map<std::string, std::string> record_of(const Checkpoint& checkpoint, const
     return record;
 }
 
+// A run of the other program would be refused for the first option that this one does not have.
+void check_family(const std::string& out, const Checkpoint& newest, const Family& family) {
+    if (!newest.meta.is_object() || !newest.meta.contains("model") || !newest.meta["model"].is_string()) return;
+    const std::string model = newest.meta["model"], name = model.substr(0, model.find(','));
+    if (name != family.name)
+        throw BadInput(out + ": a run of " + name + ", and " + family.program + " trains " + family.name);
+}
+
 // The run's own options, by options.toml and its newest checkpoint.
 std::optional<Options> own_options(const std::string& out, const std::vector<OptionRow>& table, const Family& family) {
     const std::string stored = out + "/options.toml";
     const std::optional<Checkpoint> newest = newest_by_manifest(out);
+    if (newest) check_family(out, *newest, family);
     const auto record = newest ? record_of(*newest, table) : std::map<std::string, std::string>();
     Options own;
     std::error_code error;

@@ -211,6 +211,14 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_the_other_family_is_named_as_such(data, tmp_path):
+    run = tmp_path / "run"
+    assert trainer(*options(data, steps=1, sample_every=0), "--out", run).returncode == DONE
+    done = trainer("--resume", "--out", run, program="train_pythia")
+    assert done.returncode == BAD_INPUT
+    assert f"{run}: a run of GPT-2, and train_pythia trains Pythia" in complaint(done)
+
+
 def test_the_help_is_pythias_own():
     done = pythia("--help")
     assert done.returncode == DONE and "14m, 31m, 70m, 160m, 410m, 1b, 1.4b, 2.8b, 6.9b, 12b" in " ".join(done.stdout.split())
