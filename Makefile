@@ -244,7 +244,7 @@ $(eval $(call CUDA_RULES,cuda-fp32,))
 # Of one architecture, and apart from what users build: `make test` compiles and links it, GPU or not. Beside NAME.o lies its
 # machine code, NAME.cubin, and what the assembler said, NAME.o.said (dev/assemble.py).
 $(eval $(call CUDA_RULES,cuda-sm90a,-DPRECISION_BF16=1))
-build/cuda-sm90a/%: ARCHS = 90a
+build/cuda-sm90a/%: override ARCHS = 90a
 build/cuda-sm90a/%.o: NVCC_FLAGS += -Werror all-warnings -Xptxas -v --keep --keep-dir $(@D)
 build/cuda-sm90a/%.o: SAID = >$@.said 2>&1 || { cat $@.said; exit 1; }
 .PHONY: nvcc nvcc-flags

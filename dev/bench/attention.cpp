@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "../../runtime/errors.h"
 #include "../../runtime/random.h"
 #include "bench.h"
 
@@ -89,6 +90,7 @@ void bench::run(const std::string& what) {
         bench_training(nullptr, 1, 8192, 32, 64);
         return;
     }
+    if (!what.empty() && what != "quick") throw BadInput("bench_attention: quick, once or nothing, not " + what);
     bench::Table table;
     if (what == "quick" && bench::is_gpu()) {
         for (int64_t T : {2048, 16384, 131072})

@@ -1,8 +1,10 @@
 // The products of a GPT-2 124M step, at the 256 tokens of B=4 T=64 and at 2048; the logits; and one decoded token,
 // which can be no faster than the weights are read. `bench_matmul logits`: the logits alone, by the tokens at a time.
+#include "../../runtime/errors.h"
 #include "bench.h"
 
 void bench::run(const std::string& what) {
+    if (!what.empty() && what != "logits") throw BadInput("bench_matmul: logits or nothing, not " + what);
     bench::Table table;
     Matmul* mm = matmul_open(nullptr);
     struct Layer {
