@@ -144,7 +144,7 @@ def test_what_was_left_open_is_written_down(data, tmp_path):
         assert line in written
     assert pythia("--out", tmp_path / "run", "--resume", "--rope-scale", 2, "--steps", 2).returncode == DONE
     done = trainer("--out", tmp_path / "run", "--resume")
-    assert done.returncode == BAD_INPUT and "train_gpt2 has no such option" in complaint(done)
+    assert done.returncode == BAD_INPUT and "a run of Pythia, and train_gpt2 trains GPT-2" in complaint(done)
 
 
 def test_logits(whole):
