@@ -21,10 +21,10 @@ FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
 	tokenizer
 TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(LOW),-include $(@D)/precompiled.h)
-# Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run. Under sanitizers
-# they are one source, a third of their time one by one.
-COLD = checkpoint dataset evaluation log loop option_table options outliers plan_report run_folder toml training
-COLD_FLAGS = $(if $(filter $(COLD),$(*F)),-O1)
+# Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run: in a folder of
+# objects they are one source, cold.cpp, which takes a third of what they take one by one.
+COLD = checkpoint dataset evaluation log loop option_table options outliers plan plan_report run_folder shards tokenizer toml \
+	training
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native
@@ -50,8 +50,8 @@ PRECISION_OF_cuda = bf16
 PRECISION_OF_cuda-sm90a = bf16
 precision = $(if $(filter %-asan,$(1)),$(1),$(or $(PRECISION_OF_$(1)),$(if $(filter %-bf16,$(1)),bf16,fp32)))
 home = $(if $(filter %_cpu %_cuda,$(2)),$(1),$(if $(filter %-asan,$(1)),$(1),$(if $(filter $(COMMON),$(2)),common,$(precision))))
-sources = $(if $(filter %-asan,$(1)),cold $(filter-out $(COLD),$(2)),$(2))
-runtime_objects = $(foreach name,$(call sources,$(1),$(2)),build/$(call home,$(1),$(name))/runtime/$(name).o)
+object = build/$(call home,$(1),$(2))/runtime/$(if $(filter $(COLD),$(2)),cold,$(2)).o
+runtime_objects = $(sort $(foreach name,$(2),$(call object,$(1),$(name))))
 BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))
 LADDER = $(basename $(notdir $(wildcard dev/ladder/*.cu)))
 
@@ -86,7 +86,7 @@ build/$(1)/scratch.o: kernels/scratch.cpp Makefile
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) $$(COLD_FLAGS) -c $$< -o $$@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/test/%.h.gch: test/%.h Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(2) -x c++-header $$< -o $$@
@@ -97,17 +97,23 @@ build/$(1)/trainer_%.o: train_%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(2) -x c++ -c $$< -o $$@
 endef
+# A folder of objects, its cold sources, its flags.
+define COLD_RULES
+build/$(1)/cold.cpp: Makefile
+	@mkdir -p $$(@D)
+	@printf '#include "../../runtime/%s.cpp"\n' $(2) >$$@
+build/$(1)/runtime/cold.o: build/$(1)/cold.cpp
+	@mkdir -p $$(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(3) -c $$< -o $$@
+endef
 ASAN_FLAGS = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 $(eval $(call PRECISION_RULES,fp32,))
 $(eval $(call PRECISION_RULES,bf16,-DPRECISION_BF16=1))
 $(eval $(call PRECISION_RULES,cpu-asan,$$(ASAN_FLAGS)))
-
-build/cpu-asan/cold.cpp: Makefile
-	@mkdir -p $(@D)
-	@printf '#include "../../runtime/%s.cpp"\n' $(COLD) >$@
-build/cpu-asan/runtime/cold.o: build/cpu-asan/cold.cpp
-	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(ASAN_FLAGS) -O0 -c $< -o $@
+$(eval $(call COLD_RULES,common,$(filter $(COMMON),$(COLD)),-O1))
+$(eval $(call COLD_RULES,fp32,$(filter-out $(COMMON),$(COLD)),-O1))
+$(eval $(call COLD_RULES,bf16,$(filter-out $(COMMON),$(COLD)),-O1 -DPRECISION_BF16=1))
+$(eval $(call COLD_RULES,cpu-asan,$(COLD),$(ASAN_FLAGS) -O0))
 
 define CPU_RULES
 build/$(1)/%.o: kernels/%.cpp Makefile
@@ -131,14 +137,14 @@ build/$(1)/bench_%: build/$(1)/bench/%.o build/$(1)/bench/main.o build/$(1)/benc
 endef
 build/common/runtime/%.o: runtime/%.cpp Makefile
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(COLD_FLAGS) -c $< -o $@
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) -c $< -o $@
 build/common/test/%.h.gch: test/%.h Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) -x c++-header $< -o $@
 build/common/test/%.o: test/%.cpp build/common/test/precompiled.h.gch Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(TEST_MODE) -c $< -o $@
-build/common/liblonghand.a: $(COMMON:%=build/common/runtime/%.o)
+build/common/liblonghand.a: $(call runtime_objects,common,$(COMMON))
 	@rm -f $@
 	ar rcs $@ $^
 # What tests share that is slow to compile.
@@ -168,10 +174,10 @@ SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -g -march=native -Wno-unknown-pragma
 	-fno-store-merging $(FAST_ASSERTS)
 SIMT_LIBS = -lboost_context -ldnnl -fopenmp
 
+build/common/simt/%.o: dev/simt/%.cpp Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) -c $< -o $@
 define SIMT_RULES
-build/$(1)/simt/%.o: dev/simt/%.cpp Makefile
-	@mkdir -p $$(@D)
-	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
 build/$(1)/%.o: kernels/%.cu Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -x c++ -c $$< -o $$@
@@ -184,7 +190,7 @@ build/$(1)/runtime/%_cuda.o: runtime/%_cuda.cpp Makefile
 $(SIMT_TESTS:%=build/$(1)/test/%.o) build/$(1)/test/simt_ladder.o: build/$(1)/test/%.o: test/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$(CXX) $(LONGHAND_FLAGS) $(SIMT_KERNEL_FLAGS) $(SIMT_FLAGS) $(2) -c $$< -o $$@
-build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME)) $(SIMT:%=build/$(1)/simt/%.o)
+build/$(1)/liblonghand.a: $(KERNELS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(CUDA_RUNTIME)) $(SIMT:%=build/common/simt/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
 build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a

@@ -393,7 +393,7 @@ Work Gpt2::work(int64_t B) const {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void run_gpt2(int argc, char** argv) {
-    Options options = parse_options(argc, argv, kGpt2Family);
+    Options options = parse_options(argc, argv, kGpt2Family, plan_target);
     if (options.help) return;
     Origin<Gpt2Config> origin(options);
     auto make = [&](const Device& device, const Options& o) {

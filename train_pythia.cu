@@ -451,7 +451,7 @@ Work Pythia::work(int64_t B) const {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void run_pythia(int argc, char** argv) {
-    Options options = parse_options(argc, argv, kPythiaFamily);
+    Options options = parse_options(argc, argv, kPythiaFamily, plan_target);
     if (options.help) return;
     Origin<PythiaConfig> origin(options);
     auto configure = [&](const Options& o) {

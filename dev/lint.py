@@ -20,9 +20,8 @@ COMMENTED_OUT = re.compile(r"^\s*//.*(\);|\{|\w = .*;)\s*$", re.MULTILINE)
 INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 # What types.h and the builds' flags make different.
 BY_BACKEND = "LONGHAND_SIMT|__CUDACC__|cuda_runtime"
-DIFFERS = re.compile(rf"\b(real|kPrecision|kRealEpsilon|PRECISION_BF16|{BY_BACKEND})\b")
-# Declared for common sources, but defined in each build.
-ANSWERED_BY_BUILD = re.compile(r"\bplan_target\b")
+BY_PRECISION = "real|kPrecision|kRealEpsilon|PRECISION_BF16"
+DIFFERS = re.compile(rf"\b({BY_PRECISION}|{BY_BACKEND})\b")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
@@ -81,13 +80,17 @@ def is_common(source):
     return not names(source, DIFFERS)
 
 
+def depends_on_precision(source):
+    return names(source, re.compile(rf"\b({BY_PRECISION})\b"))
+
+
 def is_common_test(test):
-    """Whether a test is the same in every build, and so is all that it calls."""
-    return not names(test, DIFFERS) and not names(test, ANSWERED_BY_BUILD)
+    """Whether a test is the same in every build."""
+    return not names(test, DIFFERS)
 
 
 def check_common(complain):
-    """The Makefile's COMMON is exactly the sources that are the same in every build."""
+    """The Makefile's COMMON is exactly the sources that are the same in every build; of dev/simt the precision changes nothing."""
     listed = re.search(r"^COMMON = ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
     listed = set(listed.replace("\\", " ").split())
     for path in sorted((ROOT / "runtime").glob("*.cpp")):
@@ -97,6 +100,9 @@ def check_common(complain):
             complain(f"runtime/{path.name}: is in COMMON of the Makefile, but what it includes differs between builds")
         if path.stem not in listed and is_common(path):
             complain(f"runtime/{path.name}: is the same in every build; add it to COMMON of the Makefile")
+    for path in sorted((ROOT / "dev" / "simt").glob("*.cpp")):
+        if depends_on_precision(path):
+            complain(f"dev/simt/{path.name}: is compiled once, but what it includes depends on the precision")
 
 
 def check_backends(complain):

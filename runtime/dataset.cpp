@@ -11,8 +11,8 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int64_t kVersion = 2; // the first that was numbered; before it there was neither a hash nor a list of shards
-constexpr size_t kLargestFile = size_t(256) << 20; // a shard takes about 100 bytes
+constexpr int64_t kDatasetVersion = 2; // the first that was numbered; before it there was neither a hash nor a list of shards
+constexpr size_t kLargestDataset = size_t(256) << 20; // a shard takes about 100 bytes
 constexpr size_t kPieceBytes = 4096, kPieces = 16;
 
 // The member `name` of an object, as an integer from `least` on or as a text; throws BadInput that begins with `where`.
@@ -61,13 +61,13 @@ std::optional<Dataset> read_dataset(const std::string& folder) {
     const std::string path = (std::filesystem::path(folder) / "dataset.json").string();
     std::error_code ignored;
     if (!std::filesystem::exists(path, ignored)) return {};
-    const json read = json::parse(read_small_file(path, kLargestFile), nullptr, false);
+    const json read = json::parse(read_small_file(path, kLargestDataset), nullptr, false);
     if (read.is_object() && !read.contains("tokenizer")) return {}; // another program's
     const std::string where = path + " is damaged (make the shards again, or remove it to have ids checked alone)";
     if (!read.is_object()) throw BadInput(where + ": no JSON object");
-    if (read.contains("version") && integer(read, "version", 1, where) > kVersion)
+    if (read.contains("version") && integer(read, "version", 1, where) > kDatasetVersion)
         throw BadInput(path + ": version " + read["version"].dump() + ", this program reads up to " +
-                       std::to_string(kVersion) + "; use the program that belongs to these shards");
+                       std::to_string(kDatasetVersion) + "; use the program that belongs to these shards");
 
     Dataset dataset{path, TokenizerId::from_json(read["tokenizer"], where), {}};
     if (!read.contains("version")) return dataset;

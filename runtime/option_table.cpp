@@ -443,30 +443,31 @@ std::vector<OptionRow> option_table(const Family& family) {
 
 const std::vector<OptionNeed>& option_needs() {
     using O = const Options;
-    constexpr auto samples = [](O& o) { return o.sample_every > 0 || o.eval == "sample"; };
-    constexpr auto validates = [](O& o) { return !o.val.empty() || !o.val_every || o.plan || o.plan_json; };
+    using T = const Target;
+    constexpr auto samples = [](O& o, T&) { return o.sample_every > 0 || o.eval == "sample"; };
+    constexpr auto validates = [](O& o, T&) { return !o.val.empty() || !o.val_every || o.plan || o.plan_json; };
     constexpr const char *no_samples = "--sample-every 0 makes no samples",
                          *no_shards = "there is nothing to validate on; give --val GLOB, or leave it out";
     static const std::vector<OptionNeed> needs = {
-        {"decay-steps", [](O& o) { return o.schedule == "wsd"; },
+        {"decay-steps", [](O& o, T&) { return o.schedule == "wsd"; },
          "only --schedule wsd decays for so many steps; leave it out", true},
-        {"final-lr", [](O& o) { return o.schedule != "constant"; }, "--schedule constant stays at --lr; leave it out",
+        {"final-lr", [](O& o, T&) { return o.schedule != "constant"; }, "--schedule constant stays at --lr; leave it out",
          true},
-        {"eps", [](O& o) { return o.optimizer == "adamw"; }, "--optimizer lion has no eps; leave it out", true},
+        {"eps", [](O& o, T&) { return o.optimizer == "adamw"; }, "--optimizer lion has no eps; leave it out", true},
         {"offload",
-         [](O& o) {
+         [](O& o, T& target) {
              return !waits_on_host(o, "master") ||
-                    (o.master == "fp32" && plan_target(o).real_bytes < int64_t(sizeof(float)));
+                    (o.master == "fp32" && target.real_bytes < int64_t(sizeof(float)));
          },
          "there are no master weights, which only bf16 builds with --master fp32 have; leave master out", true},
         {"val-every", validates, no_shards, true},
         {"val-tokens", validates, no_shards, true},
-        {"warmup", [](O& o) { return o.steps < 1 || o.warmup <= o.steps; },
+        {"warmup", [](O& o, T&) { return o.steps < 1 || o.warmup <= o.steps; },
          "the run ends before its rate has risen to --lr", false},
         {"sample-tokens", samples, no_samples, false},
         {"temperature", samples, no_samples, false},
         {"top-k", samples, no_samples, false},
-        {"host-memory", [](O& o) { return o.offload != "none"; }, "nothing is taken of it with --offload none", false},
+        {"host-memory", [](O& o, T&) { return o.offload != "none"; }, "nothing is taken of it with --offload none", false},
     };
     return needs;
 }

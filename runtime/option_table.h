@@ -43,7 +43,7 @@ std::vector<OptionRow> option_table(const Family& family);
 // When an option that is given does what its name says.
 struct OptionNeed {
     const char* name;
-    bool (*met)(const Options&);
+    bool (*met)(const Options&, const struct Target&);
     const char* otherwise; // why it does not, as the end of a message
     bool refused;          // its user must have meant something else; else worth a warning only
 };

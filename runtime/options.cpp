@@ -247,10 +247,11 @@ void check_update(const Options& o) {
 
 // What the command line says without effect. A file may be another run's options.toml, whose values all are there
 // whether they matter or not, so it is not asked.
-void check_effect(const Options& o, const Layer& given, const std::vector<OptionRow>& table) {
+void check_effect(const Options& o, const Target& target, const Layer& given, const std::vector<OptionRow>& table) {
     for (const OptionNeed& need : option_needs()) {
         const auto found = given.find(need.name);
-        if (found == given.end() || found->second.where != std::string("--") + need.name || need.met(o)) continue;
+        if (found == given.end() || found->second.where != std::string("--") + need.name || need.met(o, target))
+            continue;
         const OptionRow& row = *find_row(table, need.name);
         if (row.unset && value_text(o, row) == value_text(Options(), row)) continue;
         const std::string line = found->second.where + " " + found->second.text + ": " + need.otherwise;
@@ -259,7 +260,7 @@ void check_effect(const Options& o, const Layer& given, const std::vector<Option
     }
 }
 
-void check_together(const Options& o, const Family& family) {
+void check_together(const Options& o, const Target& target, const Family& family) {
     if (!o.model.empty() && !o.init.empty())
         throw BadInput("--model and --init are both given: weights to start from bring their own size, leave one out");
     if (o.model.empty() && o.init.empty())
@@ -277,7 +278,7 @@ void check_together(const Options& o, const Family& family) {
                        ": where all activations are kept they stay on the device, all heads together; leave one out");
     check_plan(o);
     if (o.eval.empty()) check_update(o);
-    if (o.master == "none" && plan_target(o).real_bytes == sizeof(float))
+    if (o.master == "none" && target.real_bytes == sizeof(float))
         throw BadInput("--master none: in an fp32 build there are no other weights to leave out; make PRECISION=bf16");
     if (!o.eval.empty()) {
         if (o.init.empty()) throw BadInput("--eval " + o.eval + " needs --init PATH: the weights to evaluate");
@@ -403,7 +404,7 @@ static bool knows_its_shards(const std::string& out) {
     return data.contains("sources") && data.contains("shares");
 }
 
-Options parse_options(int argc, char** argv, const Family& family) {
+Options parse_options(int argc, char** argv, const Family& family, TargetOf target) {
     const std::vector<OptionRow> table = option_table(family);
     Layer given = read_command_line(argc, argv, table);
     if (given.count("help")) {
@@ -443,8 +444,8 @@ Options parse_options(int argc, char** argv, const Family& family) {
         }
         reopen_memory(options, *own, given);
     }
-    check_together(options, family);
-    check_effect(options, given, table);
+    check_together(options, target(options), family);
+    check_effect(options, target(options), given, table);
     return options;
 }
 

@@ -87,6 +87,9 @@ struct Family {
     bool end_of_text_first;        // its tokenizers' end of text is token 0, not the last one
 };
 
+// What a command's options are for: another build's weights, with --plan, may be of another type.
+using TargetOf = struct Target (*)(const Options&);
+
 // Parses the command line over --config FILE over, with --resume, OUT/options.toml or, if that is gone, what the newest
 // checkpoint recorded of it; checks every value and what they need of each other; throws BadInput, before anything is
 // written. --help is printed, and nothing else looked at. With --resume, an option given (on the command line or in
@@ -95,7 +98,7 @@ struct Family {
 // checkpoints recorded. A memory option or --batch given as another than the run's opens again what was chosen of the
 // others. --resume without a run folder starts afresh. Of --model and --init one comes back empty: the one said nearer
 // to the command line holds.
-Options parse_options(int argc, char** argv, const Family& family);
+Options parse_options(int argc, char** argv, const Family& family, TargetOf target);
 
 // The table as TOML, every option of a run with its value: written to OUT/options.toml. What is left open of the
 // schedule stays so. out, resume and eval belong to a command, not to a run, and are left out. parse_options reads
@@ -109,9 +112,6 @@ std::map<std::string, std::string> recorded_options(const Options& options, cons
 // A size such as 16GiB, 16G (the same), 16GB (10^9), 512MiB or plain bytes, in bytes; throws BadInput that begins with
 // `where` for anything else, and for 0.
 int64_t parse_size(const std::string& text, const std::string& where);
-// What options plan for: with --plan and --gpu or --memory a cuda build, --plan-for as it says, else this build
-// (runtime/plan.cpp).
-struct Target plan_target(const Options& options);
 // Whether --offload names `what`.
 bool waits_on_host(const Options& options, const std::string& what);
 

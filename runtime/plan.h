@@ -21,6 +21,9 @@
 // The model that options describe, on a device that may be a Device(target): then it is a plan.
 using MakeModel = std::function<std::unique_ptr<Transformer>(const Device&, const Options&)>;
 
+// What options plan for: with --plan and --gpu or --memory a cuda build, --plan-for as it says, else this build.
+Target plan_target(const Options& options);
+
 // Fills in what `options` leaves open of --recompute, --chunk, --head-group, --logits-rows and --offload, and
 // options.planned. With --plan or --plan-json prints the plan and returns true: there is nothing more to do. Throws
 // Failure(kPlanDoesNotFit) where nothing fits, which names the largest context that would. Evaluation keeps

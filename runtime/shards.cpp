@@ -19,7 +19,7 @@ static_assert(std::endian::native == std::endian::little, "shards are little-end
 
 namespace {
 
-constexpr int32_t kMagic = 20240520, kVersion = 1;
+constexpr int32_t kShardMagic = 20240520, kShardVersion = 1;
 constexpr int32_t kLlama3Magic = 20240801; // the same layout with uint32 tokens
 
 // Tokens that are read at a time, 1 MiB; a thread's part of a scan; and from how many bytes on a scan is announced.
@@ -42,12 +42,12 @@ int64_t check_header(const FileReader& file) {
     file.read(0, header, sizeof header);
     if (header[0] == kLlama3Magic)
         throw BadInput(file.path() + " is a Llama-3 shard of 32-bit tokens; tokenise the text again with 16-bit ids");
-    if (header[0] != kMagic)
+    if (header[0] != kShardMagic)
         throw BadInput(file.path() + " is no token shard: magic " + std::to_string(header[0]) + ", not " +
-                       std::to_string(kMagic) + "; make shards with data/prepare.py");
-    if (header[1] != kVersion)
+                       std::to_string(kShardMagic) + "; make shards with data/prepare.py");
+    if (header[1] != kShardVersion)
         throw BadInput(file.path() + " is a token shard of version " + std::to_string(header[1]) + ", not " +
-                       std::to_string(kVersion) + "; make shards with data/prepare.py");
+                       std::to_string(kShardVersion) + "; make shards with data/prepare.py");
     int64_t tokens = header[2];
     if (tokens < 0)
         throw BadInput(file.path() + " has a negative token count in its header, " + std::to_string(tokens) +

@@ -8,20 +8,20 @@
 
 namespace {
 
-constexpr size_t kLargestFile = size_t(1) << 30; // real ones have less than 1 MiB
-constexpr int32_t kMagic = 20240328;
+constexpr size_t kLargestTokenizer = size_t(1) << 30; // real ones have less than 1 MiB
+constexpr int32_t kTokenizerMagic = 20240328;
 constexpr int32_t kGpt2Tokens = 50257; // the only table that was ever written before the file named its end of text
 
 } // namespace
 
 Tokenizer::Tokenizer(const std::string& path) {
-    SmallFile file(path, kLargestFile);
+    SmallFile file(path, kLargestTokenizer);
     int32_t header[4]; // magic, version, V, end of text
     memcpy(header, file.at(0, kHeaderBytes), sizeof header);
     auto [magic, version, V, end_of_text] = header;
-    if (magic != kMagic)
+    if (magic != kTokenizerMagic)
         throw BadInput(path + " is not a tokenizer binary: its magic is " + std::to_string(magic) + ", not " +
-                       std::to_string(kMagic));
+                       std::to_string(kTokenizerMagic));
     if (version < 1 || version > 3)
         throw BadInput(path + ": tokenizer version " + std::to_string(version) + ", this program reads 1 to 3");
     const size_t length_bytes = version == 3 ? sizeof(uint32_t) : 1;

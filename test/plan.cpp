@@ -65,7 +65,7 @@ Options parsed(const Trainer& trainer, Words words) {
     words.insert(words.begin(), trainer.family.program);
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
-    return parse_options(static_cast<int>(argv.size()), argv.data(), trainer.family);
+    return parse_options(static_cast<int>(argv.size()), argv.data(), trainer.family, plan_target);
 }
 
 struct Plan {
@@ -88,6 +88,18 @@ Words memory(const std::string& size) { return {"--memory", size}; }
 Words host(const std::string& size) { return {"--host-memory", size}; }
 
 } // namespace
+
+TEST_CASE("a plan for a GPU has master weights to leave out or to offload in any build") {
+    auto refusal = [](const Words& words) {
+        return message_of<BadInput>([&] { parsed(kGpt2, Words{"--model", "tiny", "--plan"} + words); });
+    };
+    CHECK(refusal({"--gpu", "h100", "--master", "none"}) == "");
+    CHECK((refusal({"--plan-for", "cpu", "--master", "none"}) == "") == (sizeof(real) == 2));
+    for (const char* list : {"master", "state,master"}) {
+        CHECK(refusal({"--gpu", "h100", "--offload", list}) == "");
+        CHECK(contains(refusal({"--gpu", "h100", "--master", "none", "--offload", list}), "there are no master weights"));
+    }
+}
 
 TEST_CASE("the contexts that the project promises fit the cards") {
     struct Row {

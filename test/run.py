@@ -266,6 +266,8 @@ def plan(tally, parts, long, assembled):
     """{build: (part, targets of make)}, in the order of building, and the jobs: what takes longest comes first."""
     simulator, kernels, common, others = tests()
     builds, jobs = {}, []
+    # Models of a test are so small that a second thread doubles the processors' time: the tests of one build have all.
+    one_thread = {"OMP_NUM_THREADS": "1"}
     # In a long test some programs fill the memory, and on a GPU each wants all of it: one at a time.
     alone, gpu = threading.Lock() if long else None, threading.Lock()
 
@@ -274,13 +276,14 @@ def plan(tally, parts, long, assembled):
 
     if "simt" in parts:
         LAUNCHES.unlink(missing_ok=True)
-        for name in ("simt", "simt-bf16"):
-            build(name, "simt", simulator + kernels)
+        for name in ("simt", "simt-bf16"):  # what no precision changes runs in the first
+            own = [test for test in simulator if name == "simt" or lint.depends_on_precision(ROOT / "test" / f"{test}.cpp")]
+            build(name, "simt", own + kernels)
             launches = {"SIMT_LAUNCHES": str(LAUNCHES)}
             orders = {"SIMT_THREADS": "1", "OMP_NUM_THREADS": "1"}
             jobs += [doctest("simt", name, test, long, SIMT_SEED=seed, **launches, **orders)
                      for test in kernels for seed in SIMT_SEEDS]
-            jobs += [doctest("simt", name, test, long, **launches) for test in simulator]
+            jobs += [doctest("simt", name, test, long, **launches) for test in own]
     for name in ("cpu", "cpu-bf16"):
         if name in parts:
             build(name, name, [test for test in kernels if test not in DEVICE_ONLY] + others)
@@ -301,14 +304,15 @@ def plan(tally, parts, long, assembled):
             builds[CUDA_BUILD][1].extend(f"build/{CUDA_BUILD}/{name}" for name in TRAINERS + benches())
     if "asan" in parts:
         build("cpu-asan", "asan", SANITIZED)
-        jobs += [doctest("asan", "cpu-asan", test, long, alone) for test in SANITIZED]
+        jobs += [doctest("asan", "cpu-asan", test, long, alone, **one_thread) for test in SANITIZED]
     if "common" in parts:
         build("common", "common", common)
         jobs += [doctest("common", "common", test, long, alone) for test in common]
     for name in ("cpu", "cpu-bf16"):
         if name in parts:
-            jobs += [doctest(name, name, test, long, alone) for test in kernels + others if test not in DEVICE_ONLY]
-    if "cpu-bf16" in parts:  # as on a CPU for which oneDNN has no bf16 products
+            threads = {} if name == "cpu" else one_thread
+            jobs += [doctest(name, name, test, long, alone, **threads) for test in kernels + others if test not in DEVICE_ONLY]
+    if "cpu-bf16" in parts and "avx512" in Path("/proc/cpuinfo").read_text():  # as on a CPU without it
         jobs.append(doctest("cpu-bf16", "cpu-bf16", "matmul", long, alone, DNNL_MAX_CPU_ISA="AVX2"))
     if "cuda" in parts:
         if assemble.find_nvcc() and not run(["nvidia-smi", "-L"]).returncode:

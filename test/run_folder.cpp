@@ -10,6 +10,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "../kernels/types.h"
 #include "../runtime/checkpoint.h"
 #include "../runtime/errors.h"
 #include "../runtime/options.h"
@@ -53,7 +54,8 @@ Options parse(Words words) {
     words.insert(words.begin(), "train_gpt2");
     std::vector<char*> argv;
     for (std::string& word : words) argv.push_back(word.data());
-    return parse_options(int(argv.size()), argv.data(), kFamily);
+    return parse_options(int(argv.size()), argv.data(), kFamily,
+                         [](const Options&) { return Target{.cuda = false, .real_bytes = 4, .threads = 2}; });
 }
 
 } // namespace
