@@ -451,13 +451,12 @@ const std::vector<OptionNeed>& option_needs() {
     static const std::vector<OptionNeed> needs = {
         {"decay-steps", [](O& o, T&) { return o.schedule == "wsd"; },
          "only --schedule wsd decays for so many steps; leave it out", true},
-        {"final-lr", [](O& o, T&) { return o.schedule != "constant"; }, "--schedule constant stays at --lr; leave it out",
-         true},
+        {"final-lr", [](O& o, T&) { return o.schedule != "constant"; },
+         "--schedule constant stays at --lr; leave it out", true},
         {"eps", [](O& o, T&) { return o.optimizer == "adamw"; }, "--optimizer lion has no eps; leave it out", true},
         {"offload",
          [](O& o, T& target) {
-             return !waits_on_host(o, "master") ||
-                    (o.master == "fp32" && target.real_bytes < int64_t(sizeof(float)));
+             return !waits_on_host(o, "master") || (o.master == "fp32" && target.real_bytes < int64_t(sizeof(float)));
          },
          "there are no master weights, which only bf16 builds with --master fp32 have; leave master out", true},
         {"val-every", validates, no_shards, true},
@@ -467,7 +466,8 @@ const std::vector<OptionNeed>& option_needs() {
         {"sample-tokens", samples, no_samples, false},
         {"temperature", samples, no_samples, false},
         {"top-k", samples, no_samples, false},
-        {"host-memory", [](O& o, T&) { return o.offload != "none"; }, "nothing is taken of it with --offload none", false},
+        {"host-memory", [](O& o, T&) { return o.offload != "none"; }, "nothing is taken of it with --offload none",
+         false},
     };
     return needs;
 }

@@ -284,8 +284,7 @@ TEST_CASE("outputs and gradients of more than 2^31 elements" * doctest::skip(!ch
 
 // A token more than 2^31, which only the forward pass takes.
 // One precision says it all in `make test`: what could overflow are indices.
-TEST_CASE("more than 2^31 tokens forward" *
-          doctest::test_suite(check::kSimulated || sizeof(real) == 2 ? "" : "long")) {
+TEST_CASE("more than 2^31 tokens forward" * doctest::test_suite(check::kSimulated || sizeof(real) == 2 ? "" : "long")) {
     const int64_t N = (int64_t{1} << 31) + 5;
     check::Huge<real> out(N);
     check::Huge<int32_t> tokens(N), positions(N);

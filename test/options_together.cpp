@@ -116,7 +116,8 @@ TEST_CASE("options that contradict another are refused") {
         const std::string offload = std::string("--offload ") + list;
         CHECK(contains(refusal(offload), "there are no master weights"));
         CHECK(refusal(offload, kFamilies[0], kRun, bf16_target) == "");
-        CHECK(contains(refusal(offload + " --master none", kFamilies[0], kRun, bf16_target), "there are no master weights"));
+        CHECK(contains(refusal(offload + " --master none", kFamilies[0], kRun, bf16_target),
+                       "there are no master weights"));
     }
 }
 

@@ -97,7 +97,8 @@ TEST_CASE("a plan for a GPU has master weights to leave out or to offload in any
     CHECK((refusal({"--plan-for", "cpu", "--master", "none"}) == "") == (sizeof(real) == 2));
     for (const char* list : {"master", "state,master"}) {
         CHECK(refusal({"--gpu", "h100", "--offload", list}) == "");
-        CHECK(contains(refusal({"--gpu", "h100", "--master", "none", "--offload", list}), "there are no master weights"));
+        CHECK(
+            contains(refusal({"--gpu", "h100", "--master", "none", "--offload", list}), "there are no master weights"));
     }
 }
 

@@ -19,7 +19,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-// The sanitizers' build looks for bad accesses, and a tenth of the trials does: what comes out is checked in the others.
+// The sanitizers' build looks for bad accesses, and a tenth of the trials does: what comes out is checked in the
+// others.
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool kSanitized = true;
 #else
