@@ -25,8 +25,8 @@ LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outl
 TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(LOW),-include $(@D)/precompiled.h) $(TEST_CHECKS)
 # Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run: in a folder of
 # objects they are one source, cold.cpp, which takes a third of what they take one by one.
-COLD = checkpoint dataset evaluation log loop option_table options outliers plan plan_report run_folder shards tokenizer toml \
-	training
+COLD = files/checkpoint files/dataset files/log files/run_folder files/shards files/tokenizer loop/evaluation \
+	loop/loop loop/outliers loop/training options/option_table options/options options/toml plan/plan plan/plan_report
 # Kernels lean on contraction into FMAs and on sqrt without errno; nothing here needs -ffast-math, which would break the
 # NaN and Inf checks.
 CXXFLAGS ?= -O3 -march=native
@@ -38,15 +38,14 @@ LIBS = -ldnnl -fopenmp
 TRAINERS = train_gpt2 train_pythia
 # Besides the layers, kernels/ has one source that every build compiles: scratch.cpp.
 LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate global_norm optimizer
-RUNTIME = $(basename $(notdir $(filter-out %_cuda.cpp,$(wildcard runtime/*.cpp))))
+RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cuda.cpp,$(wildcard runtime/*/*.cpp)))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp %/main.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
 # A build's objects are where the least of its flags says: what no precision changes is compiled once, into build/common;
 # what the precision changes but no backend (the rest of runtime/, the trainers, nearly all tests) into build/fp32 and
 # build/bf16; kernels, *_cpu.cpp and *_cuda.cpp into the build's own. cpu-asan has all of its own. Tests of common sources
 # run once. dev/lint.py holds the sources to this.
-COMMON = checkpoint dataset files host_memory log option_table options outliers process run_folder sampler schedule shards signals \
-	tokenizer toml
+COMMON = base/% files/% options/% device/host_memory loop/outliers loop/process loop/sampler loop/schedule
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 PRECISION_OF_cuda = bf16
 PRECISION_OF_cuda-sm90a = bf16
@@ -146,7 +145,7 @@ build/common/test/%.h.gch: test/%.h Makefile
 build/common/test/%.o: test/%.cpp build/common/test/precompiled.h.gch Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(TEST_FLAGS) $(TEST_MODE) -c $< -o $@
-build/common/liblonghand.a: $(call runtime_objects,common,$(COMMON))
+build/common/liblonghand.a: $(call runtime_objects,common,$(filter $(COMMON),$(RUNTIME)))
 	@rm -f $@
 	ar rcs $@ $^
 # What tests share that is slow to compile.
@@ -166,7 +165,7 @@ $(eval $(call CPU_RULES,cpu-asan,$$(ASAN_FLAGS)))
 # are instrumented: every access calls a function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays
 # as the source has it. No tail calls: a report's line is that of the call's return address.
 KERNELS = $(basename $(notdir $(wildcard kernels/*.cu)))
-CUDA_RUNTIME = $(basename $(notdir $(filter-out %_cpu.cpp,$(wildcard runtime/*.cpp))))
+CUDA_RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cpu.cpp,$(wildcard runtime/*/*.cpp)))
 SIMT = $(filter-out without_simulator,$(basename $(notdir $(wildcard dev/simt/*.cpp))))
 SIMT_TESTS = $(filter-out simt_ladder,$(basename $(notdir $(wildcard test/simt*.cpp))))
 SIMT_FLAGS = -DLONGHAND_SIMT=1 -Idev/simt/include

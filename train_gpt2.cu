@@ -1,5 +1,5 @@
 // The GPT-2 trainer: what the model is, from its configuration to main, top to bottom. Layers are in kernels/, the loop
-// of steps and its habits in runtime/training.h. Plain C++ in every build.
+// of steps and its habits in runtime/loop/training.h. Plain C++ in every build.
 //
 // GPT-2 (Radford et al. 2019), L blocks of
 //
@@ -20,11 +20,12 @@
 #include "kernels/gelu.h"
 #include "kernels/layernorm.h"
 #include "kernels/matmul.h"
-#include "runtime/errors.h"
-#include "runtime/plan.h"
-#include "runtime/process.h"
-#include "runtime/random.h"
-#include "runtime/transformer.h"
+#include "runtime/base/errors.h"
+#include "runtime/base/random.h"
+#include "runtime/loop/loop.h"
+#include "runtime/loop/process.h"
+#include "runtime/model/transformer.h"
+#include "runtime/plan/plan.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Configuration
@@ -378,7 +379,7 @@ Cost Gpt2::step_cost(int64_t B) const {
                  attention_forward_cost(shape) + attention_backward_cost(shape) + 2 * norms +
                  gelu_forward_cost(N * 4 * C) + gelu_backward_cost(N * 4 * C);
     EmbeddingShape embedding = embedding_shape(B, 0, T_);
-    return c_.L * block + norms + unembedding_cost(N) + embedding_forward_cost(embedding, true) +
+    return c_.L * block + norms + unembedding_cost(c_, N) + embedding_forward_cost(embedding, true) +
            embedding_backward_cost(embedding, true);
 }
 

@@ -1,6 +1,6 @@
 // The Pythia trainer: what the model is, from its configuration to main, top to bottom. Layers are in kernels/, what it
-// shares with GPT-2 around the blocks in runtime/transformer.h, the loop of steps and its habits in runtime/training.h.
-// Plain C++ in every build.
+// shares with GPT-2 around the blocks in runtime/model/transformer.h, the loop of steps and its habits in
+// runtime/loop/training.h. Plain C++ in every build.
 //
 // Pythia (Biderman et al. 2023) is GPT-NeoX (Black et al. 2022): no position table but rotary positions, an unembedding
 // of its own, and L blocks in which attention and MLP read the same x,
@@ -23,12 +23,13 @@
 #include "kernels/layernorm.h"
 #include "kernels/matmul.h"
 #include "kernels/rotary.h"
-#include "runtime/errors.h"
-#include "runtime/plan.h"
-#include "runtime/process.h"
-#include "runtime/random.h"
-#include "runtime/rope.h"
-#include "runtime/transformer.h"
+#include "runtime/base/errors.h"
+#include "runtime/base/random.h"
+#include "runtime/loop/loop.h"
+#include "runtime/loop/process.h"
+#include "runtime/model/rope.h"
+#include "runtime/model/transformer.h"
+#include "runtime/plan/plan.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Configuration
@@ -434,7 +435,7 @@ Cost Pythia::step_cost(int64_t B) const {
                  rotary_backward_cost(rotary, c_.rope.dims, true) + attention_forward_cost(attention) +
                  attention_backward_cost(attention) + linear_cost(N, C, C) + linear_cost(N, C, 4 * C) +
                  linear_cost(N, 4 * C, C) + 2 * norms + gelu_forward_cost(N * 4 * C) + gelu_backward_cost(N * 4 * C);
-    return c_.L * block + norms + unembedding_cost(N) + embedding_forward_cost({B, T_, C}, false) +
+    return c_.L * block + norms + unembedding_cost(c_, N) + embedding_forward_cost({B, T_, C}, false) +
            embedding_backward_cost({B, T_, C}, false);
 }
 

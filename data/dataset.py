@@ -1,6 +1,6 @@
 """dataset.json: what made the shards beside it, and what tells one shard from another (FORMATS.md).
 
-The trainer reads it, so that shards of one tokenizer are not trained on by a model of another; runtime/dataset.cpp is
+The trainer reads it, so that shards of one tokenizer are not trained on by a model of another; runtime/files/dataset.cpp is
 the same in C++.
 """
 

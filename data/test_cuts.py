@@ -68,7 +68,7 @@ def hostile(characters, seed):
 
 @pytest.fixture(scope="module")
 def texts():
-    real = (ROOT / "runtime/options.cpp").read_text() + (ROOT / "dev/LOG.md").read_text()
+    real = (ROOT / "runtime/options/options.cpp").read_text() + (ROOT / "dev/LOG.md").read_text()
     chinese = "".join(random.Random(3).choices("的一是不了人我在有他。，、！「」\n", k=6_000))
     return {
         "real": real[:40_000],

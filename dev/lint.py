@@ -4,6 +4,7 @@
 Prints one line for each breach and exits 1 if there was any.
 """
 
+import fnmatch
 import os
 import re
 import subprocess
@@ -22,6 +23,7 @@ INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 BY_BACKEND = "LONGHAND_SIMT|__CUDACC__|cuda_runtime"
 BY_PRECISION = "real|kPrecision|kRealEpsilon|PRECISION_BF16"
 DIFFERS = re.compile(rf"\b({BY_PRECISION}|{BY_BACKEND})\b")
+ROOMS = ["plan", "loop", "model", "options", "device", "files", "base"]  # of runtime/
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
@@ -91,23 +93,37 @@ def is_common_test(test):
 
 def check_common(complain):
     """The Makefile's COMMON is exactly the sources that are the same in every build; of dev/simt the precision changes nothing."""
-    listed = re.search(r"^COMMON = ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
-    listed = set(listed.replace("\\", " ").split())
-    for path in sorted((ROOT / "runtime").glob("*.cpp")):
+    listed = re.search(r"^COMMON = (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1).split()
+    for path in sorted((ROOT / "runtime").glob("*/*.cpp")):
         if path.stem.endswith(("_cpu", "_cuda")):
             continue
-        if path.stem in listed and not is_common(path):
-            complain(f"runtime/{path.name}: is in COMMON of the Makefile, but what it includes differs between builds")
-        if path.stem not in listed and is_common(path):
-            complain(f"runtime/{path.name}: is the same in every build; add it to COMMON of the Makefile")
+        name = f"{path.parent.name}/{path.stem}"
+        common = any(fnmatch.fnmatch(name, pattern.replace("%", "*")) for pattern in listed)
+        if common and not is_common(path):
+            complain(f"runtime/{name}.cpp: is in COMMON of the Makefile, but what it includes differs between builds")
+        if not common and is_common(path):
+            complain(f"runtime/{name}.cpp: is the same in every build; add it to COMMON of the Makefile")
     for path in sorted((ROOT / "dev" / "simt").glob("*.cpp")):
         if depends_on_precision(path):
             complain(f"dev/simt/{path.name}: is compiled once, but what it includes depends on the precision")
 
 
+def check_rooms(complain):
+    """A source of runtime/ includes what is in its own room or below: ROOMS, from top to bottom."""
+    for path in tracked("runtime/*"):
+        room = path.relative_to(ROOT / "runtime").parts[0]
+        if room not in ROOMS:
+            complain(f"{path.relative_to(ROOT)}: in no room of runtime/ ({', '.join(ROOMS)})")
+            continue
+        for name in INCLUDED.findall(path.read_text(encoding="utf-8")):
+            found = re.fullmatch(r"\.\./(\w+)/.*", name)
+            if found and ROOMS.index(found[1]) < ROOMS.index(room):
+                complain(f"{path.relative_to(ROOT)}: includes {name}, of a room above its own")
+
+
 def check_backends(complain):
     """What the Makefile compiles once for all builds of a precision knows nothing of their backends."""
-    for path in tracked("runtime/*.cpp", "test/*.cpp", "train_*.cu", "kernels/scratch.cpp"):
+    for path in tracked("runtime/*/*.cpp", "test/*.cpp", "train_*.cu", "kernels/scratch.cpp"):
         own = path.stem.endswith(("_cpu", "_cuda")) or path.stem.startswith("simt")
         if not own and names(path, re.compile(rf"\b({BY_BACKEND})\b")):
             complain(f"{path.relative_to(ROOT)}: is compiled once for all builds of a precision, "
@@ -168,7 +184,7 @@ def check_python(complain):
 def check_help(complain):
     """README names no option that the trainers lack."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    table = (ROOT / "runtime" / "option_table.cpp").read_text(encoding="utf-8")
+    table = (ROOT / "runtime" / "options" / "option_table.cpp").read_text(encoding="utf-8")
     for option in sorted(set(re.findall(r"train_\w+ [^`\n]*", readme))):
         for name in re.findall(r"--([a-z][a-z-]+)", option):
             if f'"{name}"' not in table:
@@ -177,7 +193,7 @@ def check_help(complain):
 
 def main():
     problems = []
-    for check in (check_format, check_layers, check_common, check_backends, check_text, check_trainers, check_python, check_help):
+    for check in (check_format, check_layers, check_common, check_rooms, check_backends, check_text, check_trainers, check_python, check_help):
         check(problems.append)
     for problem in problems:
         print(problem)

@@ -10,7 +10,7 @@
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
-#include "../runtime/errors.h"
+#include "../runtime/base/errors.h"
 #include "types.h"
 
 // Throws RunFailed unless the call succeeded. `what` says what was tried: "copying the weights to the device".

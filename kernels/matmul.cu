@@ -17,7 +17,7 @@
 
 #include <cublasLt.h>
 
-#include "../runtime/memory.h"
+#include "../runtime/device/memory.h"
 #include "common.h"
 #include "device.h"
 #include "launch.h"

@@ -31,7 +31,7 @@
 #include <bit>
 #include <cmath>
 
-#include "../runtime/random.h"
+#include "../runtime/base/random.h"
 #include "common.h"
 #include "types.h"
 

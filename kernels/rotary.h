@@ -5,7 +5,7 @@
 //   y1_i = f·(x1_i·cos θ − x2_i·sin θ)        y2_i = f·(x2_i·cos θ + x1_i·sin θ)        i < dims/2
 //   p(b,t) = positions ? positions[b,t] : position0 + t
 //
-// All other dimensions, and all of v, are qkv + bias. f is 1 but for YaRN (runtime/rope.h), which also chooses ω.
+// All other dimensions, and all of v, are qkv + bias. f is 1 but for YaRN (runtime/model/rope.h), which also chooses ω.
 //
 // Angles are kept in turns, as 64-bit fractions: p·turns wraps around where the turns are whole, so the product is its
 // own exact range reduction. The error is |p|·2^-65 turns, 2e-10 radians at p = 2^30; a float angle is 8 radians off

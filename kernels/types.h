@@ -56,7 +56,7 @@ struct Target {
     int64_t real_bytes;
     int64_t threads;
 };
-// This build's own, with as many threads as OpenMP would start now (runtime/device_cpu.cpp, device_cuda.cpp).
+// This build's own, with as many threads as OpenMP would start now (runtime/device/device_cpu.cpp, device_cuda.cpp).
 Target this_target();
 
 // What one call of a layer costs at best: every input byte read once, every output byte written once (`+=` counts as

@@ -255,7 +255,7 @@ def test_directories_that_are_not_whole(tmp_path, capsys):
     assert "config.json: cannot be read" in refused_as_it_is(capsys, tmp_path)
 
 
-# The trainer's limits (runtime/rope.cpp), in every mode.
+# The trainer's limits (runtime/model/rope.cpp), in every mode.
 BAD_BASES = [0.5, 1.0, 1.0000001e30, float("inf"), float("nan"), -10000.0]
 BAD_SCALES = [0.9999999, 1.0000001e12, float("inf"), float("nan"), -2.0]
 

@@ -21,10 +21,10 @@ MODES = ("none", "linear", "ntk", "dynamic", "yarn")
 GELU_TANH, GELU_ERF = 1, 2
 VOCAB_MULTIPLE = 128  # rows of a token table are padded to it
 INT_MAX = 2**31 - 1
-MOST_BASE, MOST_SCALE = 1e30, 1e12  # rotary, the trainer's limits too (runtime/rope.cpp)
+MOST_BASE, MOST_SCALE = 1e30, 1e12  # rotary, the trainer's limits too (runtime/model/rope.cpp)
 WORDS = struct.Struct("<14i2d")  # all that a header says; the rest is zero
 HEAD_DIMS = (32, 64, 80, 128, 256)  # that attention has kernels for
-STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.old")  # .old: whole, and about to be replaced (runtime/checkpoint.h)
+STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})\.old")  # .old: whole, and about to be replaced (runtime/files/checkpoint.h)
 
 
 class Part(NamedTuple):

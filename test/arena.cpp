@@ -3,7 +3,7 @@
 
 #include <random>
 
-#include "../runtime/arena.h"
+#include "../runtime/device/arena.h"
 #include "check.h"
 
 namespace {

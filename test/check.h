@@ -18,7 +18,7 @@
 
 #include "../dev/simt/simt.h"
 #include "../kernels/types.h"
-#include "../runtime/memory.h"
+#include "../runtime/device/memory.h"
 
 // What kernels read and write, seen by the host too: device memory in the simt build, managed memory on a GPU, where
 // test/main.cpp makes every launch wait for its end.

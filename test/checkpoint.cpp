@@ -11,8 +11,8 @@
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 
-#include "../runtime/checkpoint.h"
-#include "../runtime/errors.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/checkpoint.h"
 #include "scratch.h"
 
 namespace fs = std::filesystem;

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../runtime/errors.h"
-#include "../runtime/shards.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/shards.h"
 #include "scratch.h"
 #include "shard_files.h"
 

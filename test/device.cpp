@@ -1,5 +1,5 @@
 // Memory of a device and its way to and from the host, in the order that a run relies on.
-#include "../runtime/device.h"
+#include "../runtime/device/device.h"
 
 #include <unistd.h>
 

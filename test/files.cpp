@@ -16,8 +16,8 @@
 #include <sys/stat.h>
 #include <sys/time.h>
 
-#include "../runtime/errors.h"
-#include "../runtime/files.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/files.h"
 #include "scratch.h"
 
 namespace {

@@ -19,12 +19,13 @@
 #include "../kernels/layernorm.h"
 #include "../kernels/matmul.h"
 #include "../kernels/rotary.h"
-#include "../runtime/errors.h"
-#include "../runtime/plan.h"
-#include "../runtime/process.h"
-#include "../runtime/random.h"
-#include "../runtime/rope.h"
-#include "../runtime/transformer.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/base/random.h"
+#include "../runtime/loop/loop.h"
+#include "../runtime/loop/process.h"
+#include "../runtime/model/rope.h"
+#include "../runtime/model/transformer.h"
+#include "../runtime/plan/plan.h"
 
 #define main trainer_main
 namespace gpt2 {
@@ -35,9 +36,9 @@ namespace pythia {
 }
 #undef main
 
-#include "../runtime/checkpoint.h"
-#include "../runtime/shards.h"
-#include "../runtime/tokenizer.h"
+#include "../runtime/files/checkpoint.h"
+#include "../runtime/files/shards.h"
+#include "../runtime/files/tokenizer.h"
 #include "scratch.h"
 
 // Bytes asked of operator new since somebody last set it to 0: a reader has no state that could tell. The sanitizers

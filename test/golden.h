@@ -19,7 +19,7 @@
 
 #include "../kernels/gelu.h"
 #include "../kernels/types.h"
-#include "../runtime/rope.h"
+#include "../runtime/model/rope.h"
 
 namespace golden {
 

@@ -1,12 +1,12 @@
 // Memory beside the device's: what is saved comes back, in order, while the device goes on; refusals say what to do. In
 // the simt build a wait too few is told.
-#include "../runtime/host_store.h"
+#include "../runtime/device/host_store.h"
 
 #include <fstream>
 
 #include "../kernels/gelu.h"
-#include "../runtime/errors.h"
-#include "../runtime/recording.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/device/recording.h"
 #include "asynchronous.h"
 #include "check.h"
 #include "scratch.h"

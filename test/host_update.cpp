@@ -1,10 +1,10 @@
 // A tensor that is updated from the host, piece by piece, has the bits of one that lies on the device.
-#include "../runtime/host_update.h"
+#include "../runtime/model/host_update.h"
 
 #include <random>
 
-#include "../runtime/host_store.h"
-#include "../runtime/tensors.h"
+#include "../runtime/device/host_store.h"
+#include "../runtime/model/tensors.h"
 #include "asynchronous.h"
 #include "check.h"
 #include "scratch.h"

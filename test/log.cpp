@@ -1,4 +1,4 @@
-// runtime/log.h: what lands in log.jsonl, also when the disk is full; what a pipe and a terminal see.
+// runtime/files/log.h: what lands in log.jsonl, also when the disk is full; what a pipe and a terminal see.
 #include <doctest/doctest.h>
 #include <nlohmann/json.hpp>
 
@@ -11,8 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "../runtime/errors.h"
-#include "../runtime/log.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/log.h"
 #include "scratch.h"
 
 namespace {

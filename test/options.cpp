@@ -1,5 +1,5 @@
-// runtime/options.h and runtime/toml.h: what is parsed, what is refused, what a resume may change, and that
-// options.toml reads back exactly.
+// runtime/options/options.h and runtime/options/toml.h: what is parsed, what is refused, what a resume may change, and
+// that options.toml reads back exactly.
 #include <doctest/doctest.h>
 
 #include <bit>
@@ -12,9 +12,9 @@
 #include <sstream>
 
 #include "../kernels/types.h"
-#include "../runtime/errors.h"
-#include "../runtime/options.h"
-#include "../runtime/toml.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/options/options.h"
+#include "../runtime/options/toml.h"
 #include "scratch.h"
 
 namespace {

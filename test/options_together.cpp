@@ -1,4 +1,4 @@
-// runtime/options.h: numbers judged as the kernels will have them, and options that do nothing without another.
+// runtime/options/options.h: numbers judged as the kernels will have them, and options that do nothing without another.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -7,8 +7,8 @@
 #include <sstream>
 
 #include "../kernels/types.h"
-#include "../runtime/errors.h"
-#include "../runtime/option_table.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/options/option_table.h"
 #include "scratch.h"
 
 namespace {

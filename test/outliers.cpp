@@ -1,12 +1,13 @@
-// runtime/outliers.h: z-scores against numbers known by hand, far from zero and at the ends of the range; the state.
+// runtime/loop/outliers.h: z-scores against numbers known by hand, far from zero and at the ends of the range; the
+// state.
 #include <doctest/doctest.h>
 #include <nlohmann/json.hpp>
 
 #include <cmath>
 
-#include "../runtime/errors.h"
-#include "../runtime/outliers.h"
-#include "../runtime/random.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/base/random.h"
+#include "../runtime/loop/outliers.h"
 #include "scratch.h"
 
 namespace {

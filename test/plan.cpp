@@ -1,4 +1,4 @@
-// runtime/plan.h: the contexts that the project promises, that a plan is the layout of a run, and what is chosen.
+// runtime/plan/plan.h: the contexts that the project promises, that a plan is the layout of a run, and what is chosen.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -16,12 +16,13 @@
 #include "../kernels/layernorm.h"
 #include "../kernels/matmul.h"
 #include "../kernels/rotary.h"
-#include "../runtime/errors.h"
-#include "../runtime/plan.h"
-#include "../runtime/process.h"
-#include "../runtime/random.h"
-#include "../runtime/rope.h"
-#include "../runtime/transformer.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/base/random.h"
+#include "../runtime/loop/loop.h"
+#include "../runtime/loop/process.h"
+#include "../runtime/model/rope.h"
+#include "../runtime/model/transformer.h"
+#include "../runtime/plan/plan.h"
 
 #define main trainer_main
 namespace gpt2 {

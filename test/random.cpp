@@ -1,9 +1,9 @@
-// runtime/random.h: the known answers of Philox4x32-10, and that what is drawn from it is uniform and normal.
+// runtime/base/random.h: the known answers of Philox4x32-10, and that what is drawn from it is uniform and normal.
 #include <doctest/doctest.h>
 
 #include <vector>
 
-#include "../runtime/random.h"
+#include "../runtime/base/random.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // Recordings: the same results as the launches themselves, with the memory of the moment, and anew for another key.
-#include "../runtime/recording.h"
+#include "../runtime/device/recording.h"
 
 #include "../kernels/gelu.h"
-#include "../runtime/errors.h"
+#include "../runtime/base/errors.h"
 #include "asynchronous.h"
 #include "check.h"
 

@@ -1,13 +1,13 @@
 // From a mode to frequencies, against transformers' own code run in float64 (scripts/golden_rope.py), and rows of
 // queries and keys rotated by it.
-#include "../runtime/rope.h"
+#include "../runtime/model/rope.h"
 
 #include <nlohmann/json.hpp>
 
 #include "check.h"
 #include "golden.h"
 
-#include "../runtime/errors.h"
+#include "../runtime/base/errors.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
-// runtime/run_folder.h and the health of checkpoints: what is kept, taken and marked; the lock; which part of a log a
-// resume keeps; what a checkpoint records of a run's options.
+// runtime/files/run_folder.h and the health of checkpoints: what is kept, taken and marked; the lock; which part of a
+// log a resume keeps; what a checkpoint records of a run's options.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -11,10 +11,10 @@
 #include <nlohmann/json.hpp>
 
 #include "../kernels/types.h"
-#include "../runtime/checkpoint.h"
-#include "../runtime/errors.h"
-#include "../runtime/options.h"
-#include "../runtime/run_folder.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/checkpoint.h"
+#include "../runtime/files/run_folder.h"
+#include "../runtime/options/options.h"
 #include "scratch.h"
 
 namespace fs = std::filesystem;

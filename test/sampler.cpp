@@ -1,4 +1,4 @@
-// runtime/sampler.h: frequencies against a softmax computed here, exact cuts by top_k, ties, extremes, refusals.
+// runtime/loop/sampler.h: frequencies against a softmax computed here, exact cuts by top_k, ties, extremes, refusals.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
-#include "../runtime/errors.h"
-#include "../runtime/random.h"
-#include "../runtime/sampler.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/base/random.h"
+#include "../runtime/loop/sampler.h"
 #include "scratch.h"
 
 namespace {

@@ -1,10 +1,10 @@
-// runtime/schedule.h against the formulas of its header, at the points where they meet, and where they degenerate.
+// runtime/loop/schedule.h against the formulas of its header, at the points where they meet, and where they degenerate.
 #include <doctest/doctest.h>
 
 #include <cmath>
 
-#include "../runtime/errors.h"
-#include "../runtime/schedule.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/loop/schedule.h"
 #include "scratch.h"
 
 namespace {

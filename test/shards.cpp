@@ -17,8 +17,8 @@
 
 #include <fcntl.h>
 
-#include "../runtime/errors.h"
-#include "../runtime/shards.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/shards.h"
 #include "scratch.h"
 #include "shard_files.h"
 

@@ -1,4 +1,4 @@
-// runtime/signals.h: which signals are blocked, what the first and the second do, and who takes them.
+// runtime/base/signals.h: which signals are blocked, what the first and the second do, and who takes them.
 #include <doctest/doctest.h>
 
 #include <csignal>
@@ -8,7 +8,7 @@
 #include <omp.h>
 #include <unistd.h>
 
-#include "../runtime/signals.h"
+#include "../runtime/base/signals.h"
 #include "scratch.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include "../dev/simt/simt.h"
 #include "../kernels/device.h"
 #include "../kernels/launch.h"
-#include "../runtime/random.h"
+#include "../runtime/base/random.h"
 #include "simt_buffer.h"
 
 namespace {

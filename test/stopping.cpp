@@ -1,5 +1,5 @@
-// Stopping in runtime/training.h: whatever a run was doing when it was asked to stop, it saves, and the run that goes
-// on from there leaves the same checkpoints and the same log as one that nothing befell.
+// Stopping in runtime/loop/training.h: whatever a run was doing when it was asked to stop, it saves, and the run that
+// goes on from there leaves the same checkpoints and the same log as one that nothing befell.
 #include <doctest/doctest.h>
 
 #include <csignal>
@@ -12,9 +12,9 @@
 #include <omp.h>
 #include <unistd.h>
 
-#include "../runtime/errors.h"
-#include "../runtime/signals.h"
-#include "../runtime/training.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/base/signals.h"
+#include "../runtime/loop/training.h"
 #include "scratch.h"
 
 namespace {

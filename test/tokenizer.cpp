@@ -1,12 +1,12 @@
-// runtime/tokenizer.h: all versions of the file, everything that can be wrong with one, and UTF-8 by the book.
+// runtime/files/tokenizer.h: all versions of the file, everything that can be wrong with one, and UTF-8 by the book.
 #include <doctest/doctest.h>
 
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include "../runtime/errors.h"
-#include "../runtime/tokenizer.h"
+#include "../runtime/base/errors.h"
+#include "../runtime/files/tokenizer.h"
 #include "scratch.h"
 
 namespace {

@@ -10,8 +10,8 @@
 
 #include <doctest/doctest.h>
 
-#include "../runtime/device.h"
-#include "../runtime/transformer.h"
+#include "../runtime/device/device.h"
+#include "../runtime/model/transformer.h"
 #include "asynchronous.h"
 #include "check.h"
 #include "golden_oracle.h"

@@ -8,8 +8,8 @@
 
 #include <cmath>
 
-#include "../../runtime/errors.h"
-#include "../../runtime/random.h"
+#include "../../runtime/base/errors.h"
+#include "../../runtime/base/random.h"
 #include "bench.h"
 
 namespace {

@@ -9,7 +9,7 @@
 
 #include "../../kernels/common.h"
 #include "../../kernels/math.h"
-#include "../../runtime/memory.h"
+#include "../../runtime/device/memory.h"
 
 namespace bench {
 

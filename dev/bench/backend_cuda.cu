@@ -2,7 +2,7 @@
 
 #include "../../kernels/device.h"
 #include "../../kernels/launch.h"
-#include "../../runtime/memory.h"
+#include "../../runtime/device/memory.h"
 
 namespace bench {
 

@@ -1,7 +1,7 @@
 #include <cstdio>
 
-#include "../../runtime/device.h"
-#include "../../runtime/errors.h"
+#include "../../runtime/base/errors.h"
+#include "../../runtime/device/device.h"
 #include "backend.h"
 
 int main(int argc, char** argv) {

@@ -1,6 +1,6 @@
 // The products of a GPT-2 124M step, at the 256 tokens of B=4 T=64 and at 2048; the logits; and one decoded token,
 // which can be no faster than the weights are read. `bench_matmul logits`: the logits alone, by the tokens at a time.
-#include "../../runtime/errors.h"
+#include "../../runtime/base/errors.h"
 #include "bench.h"
 
 void bench::run(const std::string& what) {

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../../runtime/errors.h"
+#include "../../runtime/base/errors.h"
 #include "include/vector_types.h"
 
 namespace simt {

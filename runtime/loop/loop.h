@@ -1,0 +1,59 @@
+// What both trainers do around their model: where its weights come from, and the modes that train (training.h) or
+// evaluate (evaluation.h). The model itself is all in its trainer.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "../device/device.h"
+#include "../files/files.h"
+#include "../model/model.h"
+#include "../options/options.h"
+
+struct Checkpoint;
+class RunLock;
+
+// Where a run's weights come from: the checkpoint that --resume found, the file that --init names (in a run folder its
+// newest whole checkpoint), or neither: from scratch.
+struct Start {
+    std::shared_ptr<const Checkpoint> resume; // or null
+    std::shared_ptr<const Checkpoint> origin; // that the weights are of, or null
+    std::string weights;                      // path of a model.bin, or empty
+    // The same file, open, so that it can be read to its end though a run removes the checkpoint meanwhile.
+    std::optional<FileReader> file;
+    std::shared_ptr<RunLock> lock; // of --out, if it was there already
+};
+// A resumed run's folder is locked before anything in it is read.
+Start find_start(const Options& options);
+
+// Trains as the options say, or evaluates and returns; throws Failure otherwise. Training reads the optimizer's state
+// and the data position from start.resume.
+void run(Options& options, const Device& device, Model& model, const Start& start);
+
+// Opens all data that the options name and refuses what does not fit the model, or what else is known of its tokenizer:
+// by dataset.json beside the shards, by --tokenizer, and by the run that the weights come from. To be asked before the
+// weights are read, which takes long.
+void check_data(const Options& options, const Model& model, const Start& start);
+
+// The vocabulary for a new model: --vocab, else the tokenizer's size, by --tokenizer or by dataset.json beside the
+// shards, else the family's own.
+int64_t choose_vocab(const Options& options, int64_t family_vocab);
+// Refuses a --vocab that is not the weights file's V.
+void check_vocab(const Options& options, int64_t V, const std::string& path);
+
+// What a run starts from, Config being the trainer's: a weights file, which is read once the model is there, or
+// nothing.
+template <class Config> struct Origin {
+    Start start;
+    Config config; // the file's
+    std::optional<FileReader> file;
+    FileType type = FileType::fp32;
+
+    explicit Origin(const Options& options) : start(find_start(options)) {
+        if (from_scratch()) return;
+        type = read_config(file.emplace(std::move(*start.file)), config);
+        check_vocab(options, config.V, start.weights);
+    }
+    bool from_scratch() const { return start.weights.empty(); }
+};
