@@ -15,7 +15,7 @@
 //
 // Where p or a state is kept in bf16 alone, nearest rounding would swallow every change below half a step of bf16
 // (1/512 of the value): small updates of p, and all of v's decay at β2 = 0.999, since 0.001·v is less than that. They
-// are rounded stochastically instead, up or down by chance, such that their mean is the value: 16 random bits are added
+// are rounded stochastically instead, up or down at random, such that their mean is the value: 16 random bits are added
 // below the bits that are kept. They are a function of (seed, tensor, t, first + i), the same in every build and for
 // any alignment, so a resumed run draws what it would have drawn, and a tensor updated in parts, each call's pointers
 // moved on by its `first`, ends with the bits of one call.

@@ -129,7 +129,7 @@ def test_a_run_keeps_what_was_chosen(data, tmp_path):
     words = options(data, model="4,64,2", context=2048, batch=1, tokens_per_step=2048, steps=4, val=None, sample_every=0,
                     save_every=2)
     whole = plan_of(words)
-    limit = whole["device"]["total"] - (whole["device"]["total"] - whole["device"]["outside"]) // 2
+    limit = whole["device"]["total"] - (whole["device"]["total"] - whole["device"]["overhead"]) // 2
     run, again = tmp_path / "run", tmp_path / "again"
     done = trainer(*words, "--memory", limit, "--out", run)
     assert done.returncode == DONE, done.stderr

@@ -1,5 +1,5 @@
-// How activations are kept from the forward to the backward pass, and where: all of them, or what blocks hand on to
-// each other alone, on the device or on the host.
+// How activations are kept from the forward to the backward pass, and where: all of them, or what passes between blocks
+// to each other alone, on the device or on the host.
 //
 // B sequences of T tokens, N = B·T; L blocks, C channels, H heads.
 #pragma once
@@ -13,7 +13,7 @@
 
 enum class Recompute {
     none,  // everything is kept
-    block, // the blocks' inputs and attention's O and LSE; the rest is made again in the backward pass
+    block, // the blocks' inputs and attention's O and LSE; the rest is recomputed in the backward pass
     full,  // the blocks' inputs alone
 };
 
@@ -25,7 +25,7 @@ struct ActivationMemory {
     Recompute recompute = Recompute::none;
     int64_t chunk = 0;                 // tokens that LayerNorm, MLP and projections take at a time; 0: all
     int64_t head_group = 0;            // heads that attention takes at a time; 0: all, as it must be where all is kept
-    bool offload = false;              // what blocks hand on waits on the host; only where the rest is not kept
+    bool offload = false;              // x, O and LSE are kept on the host; only where the rest is not kept
     int64_t logits_rows = kLogitsRows; // tokens whose logits are in memory at once
 
     bool operator==(const ActivationMemory&) const = default;
@@ -41,9 +41,9 @@ template <class T> struct Rows {
 };
 struct Statistics : Rows<float> {}; // a LayerNorm's, float in every build
 
-// What blocks hand on: x(l), the input of block l, and x(L), the last one's output; O and LSE of attention. On the host
-// wait all layers but the last two, whose turn in the backward pass comes first: two slots a tensor on the device, one
-// in use and one on its way.
+// What passes between blocks: x(l), the input of block l, and x(L), the last one's output; O and LSE of attention. On
+// the host wait all layers but the last two, whose turn in the backward pass comes first: two slots a tensor on the
+// device, one in use and one on its way.
 class Residuals {
 public:
     Residuals(const Device& device, const ActivationMemory& memory, bool training, int64_t L, int64_t N, int64_t C,

@@ -44,7 +44,7 @@ void update_from_host(const Device& device, HostStore& store, char* pieces, cons
     auto piece = [&](int64_t first, const Array& a) {
         return pieces + first / kPiece % 2 * piece_bytes(memory) + a.at;
     };
-    // copy(offset in the store, device memory, bytes) of all that waits on the host for the piece from `first` on.
+    // copy(offset in the store, device memory, bytes) of all that is offloaded for the piece from `first` on.
     auto for_waiting = [&](int64_t first, auto copy) {
         for (const Array& a : arrays) {
             if (!a.on_host) continue;

@@ -72,7 +72,7 @@ Setup make_setup(const Options& options, int64_t T) {
     setup.deterministic = options.deterministic == "on";
     setup.weights = training_memory(options);
     setup.activations = activation_memory(options);
-    // --out is made when the run begins, and what waits on the host is no file of the run: any folder of that disk will
+    // --out is made when the run begins, and what is offloaded is no file of the run: any folder of that disk will
     // do.
     std::error_code error; // a path that cannot be is refused where the run begins
     std::filesystem::path folder = std::filesystem::absolute(options.out.empty() ? "." : options.out, error);

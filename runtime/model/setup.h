@@ -31,7 +31,7 @@ struct Setup {
     int64_t cached_rows = 0; // tokens of a sequence that next_logits() can go through
     TrainingMemory weights = {};
     ActivationMemory activations = {};
-    std::string folder = "."; // where the cpu build keeps what waits on the host
+    std::string folder = "."; // where the cpu build keeps what is offloaded
     bool deterministic = true;
 
     // Tokens of a chunk, heads of a group, rows of logits at a time.

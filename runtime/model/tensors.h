@@ -18,8 +18,8 @@ struct TrainingMemory {
     bool int8_embeddings = false; // else embeddings keep fp32 states where the others are int8
     bool master = true;           // float weights beside bf16 ones
     bool bf16_grads = false;      // of what layers own; a layer's are made in float, then added with this seed's noise
-    bool host_states = false;     // optimizer states wait on the host
-    bool host_master = false;     // master weights wait on the host
+    bool host_states = false;     // optimizer states are offloaded
+    bool host_master = false;     // master weights are offloaded
     uint64_t seed = 0;
 };
 
@@ -56,7 +56,7 @@ struct Tensors {
 
     void add(const std::string& name, TensorKind kind, int64_t count);
     void add_layers(const std::string& name, TensorKind kind, int64_t layers, int64_t layer_count);
-    // Notes the runs in the arena, but for those that wait on the host; call link() after arena.commit(), `host` being
+    // Notes the runs in the arena, but for those that are offloaded; call link() after arena.commit(), `host` being
     // host_bytes() of host memory.
     void place(Arena& arena, bool training, const TrainingMemory& memory);
     void link(char* host);

@@ -23,9 +23,9 @@
 #include "model.h"
 #include "tensors.h"
 
-// A block's own activations, beside what it hands on (activations.h), by their width a token. Without recomputation
-// each layer keeps them for its backward pass; else they are made again there, a chunk of tokens and a group of heads
-// at a time.
+// A block's own activations, beside the residual stream and attention's output (activations.h), by their width a token.
+// Without recomputation each layer keeps them for its backward pass; else they are recomputed there, a chunk of tokens
+// and a group of heads at a time.
 struct Activations {
     Rows<real> qkv;                // 3·G·D of all tokens
     Rows<real> x1, ln2, fch, gelu; // C where the MLP reads what attention made, C, 4C, 4C; fch in training only
@@ -167,7 +167,7 @@ private:
     uint64_t draws_ = 0;       // micro-batches so far, which number the noise of bf16 gradients
     uint64_t* draw_ = nullptr; // the same on the device, for kernels that are replayed
     std::unique_ptr<HostStore> host_;
-    char* pieces_ = nullptr; // of what waits on the host, two that take turns
+    char* pieces_ = nullptr; // of offloaded states, two that take turns
 
     void place_activations();
     // Launches of B sequences that come again and again.

@@ -142,7 +142,7 @@ std::vector<OptionRow> option_table(const Family& family) {
         {data,
          "prompt-tokens",
          "LIST",
-         "tokens that samples go on from, such as 464,2068,7586",
+         "prompt of the samples as token ids, such as 464,2068,7586",
          &O::prompt_tokens,
          free,
          {0, 0x7fffffff},
@@ -150,7 +150,7 @@ std::vector<OptionRow> option_table(const Family& family) {
 
         {run, "out", "DIR", "run folder: log, checkpoints, options.toml", &O::out, command, {}, "none"},
         {run, "resume", "",
-         "go on from the newest whole checkpoint in --out with the run's own options, or start "
+         "continue from the newest whole checkpoint in --out with the run's own options, or start "
          "afresh if there is none",
          &O::resume, command},
         {run,
@@ -334,7 +334,7 @@ std::vector<OptionRow> option_table(const Family& family) {
          "recompute",
          "WHAT",
          "none keeps all activations for the backward pass; block keeps the layers' inputs and attention's output and "
-         "makes the rest again; full keeps the inputs alone",
+         "recomputes the rest; full keeps the inputs alone",
          &O::recompute,
          free,
          {},
@@ -343,7 +343,7 @@ std::vector<OptionRow> option_table(const Family& family) {
         {memory,
          "chunk",
          "TOKENS",
-         "that LayerNorm, MLP and projections take at a time",
+         "tokens that LayerNorm, MLP and projections process at once",
          &O::chunk,
          free,
          {0, kMostTokensPerStep},
@@ -351,7 +351,7 @@ std::vector<OptionRow> option_table(const Family& family) {
         {memory,
          "head-group",
          "HEADS",
-         "that attention takes at a time; with --recompute block or full",
+         "heads that attention processes at once; with --recompute block or full",
          &O::head_group,
          free,
          {0, 0x1p20},
@@ -359,7 +359,7 @@ std::vector<OptionRow> option_table(const Family& family) {
         {memory,
          "logits-rows",
          "TOKENS",
-         "whose logits are in memory at once",
+         "tokens whose logits are in memory at once",
          &O::logits_rows,
          free,
          {0, kMostTokensPerStep},
@@ -367,8 +367,8 @@ std::vector<OptionRow> option_table(const Family& family) {
         {memory,
          "offload",
          "LIST",
-         "of residual (the layers' inputs and attention's output; with --recompute block or full), state, master: what "
-         "waits in the host's memory, in the cpu build on the disk of --out; or none",
+         "what to keep in host memory, in the cpu build on the disk of --out: of residual (the layers' inputs and "
+         "attention's output; with --recompute block or full), state, master; or none",
          &O::offload,
          free,
          {},
@@ -423,7 +423,7 @@ std::vector<OptionRow> option_table(const Family& family) {
          gpu_names()},
 
         {habits, "val-every", "STEPS", "0: never", &O::val_every, free, {0, kMany}},
-        {habits, "val-tokens", "N", "validation tokens a time; 0: all", &O::val_tokens, free, {0, kMany}},
+        {habits, "val-tokens", "N", "tokens of a validation; 0: all", &O::val_tokens, free, {0, kMany}},
         {habits, "sample-every", "STEPS", "0: never", &O::sample_every, free, {0, kMany}},
         {habits, "sample-tokens", "N", "length of a sample", &O::sample_tokens, free, {0, kMany}},
         {habits, "temperature", "X", "of samples; 0 takes the likeliest token", &O::temperature, free, {0, INFINITY}},

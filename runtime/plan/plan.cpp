@@ -57,9 +57,9 @@ static Limits plan_limits(const Options& options, const Target& target) {
     Limits limits{};
     const Gpu* gpu = find_gpu(options.gpu.c_str());
     const size_t workspace = gpu ? matmul_workspace(target, gpu->capability) : matmul_workspace(target);
-    limits.device_outside =
+    limits.device_overhead =
         static_cast<int64_t>(workspace) + (target.cuda ? kContextBytes : kProgramBytes + target.threads * kThreadBytes);
-    limits.host_outside = target.cuda ? kStagingBytes : 0;
+    limits.host_overhead = target.cuda ? kStagingBytes : 0;
     if (!options.host_memory.empty()) limits.host = parse_size(options.host_memory, "--host-memory");
     if (!options.memory.empty())
         limits.device = parse_size(options.memory, "--memory");
@@ -132,8 +132,8 @@ Choice Planner::weigh(const Options& chosen) const {
     choice.arena = static_cast<int64_t>(model->arena().bytes());
     choice.host = static_cast<int64_t>(model->host_bytes());
     auto over = [](int64_t bytes, int64_t limit) { return limit ? std::max<int64_t>(bytes - limit, 0) : 0; };
-    choice.lacking = over(choice.arena + limits_.device_outside, limits_.device) +
-                     over(choice.host + limits_.host_outside, limits_.host);
+    choice.lacking = over(choice.arena + limits_.device_overhead, limits_.device) +
+                     over(choice.host + limits_.host_overhead, limits_.host);
 
     const Machine& m = machine_;
     // The layers' costs are of this build's type. Statistics, losses and weight gradients, which are float in all
@@ -197,7 +197,7 @@ Longest Planner::longest() const {
     auto fits = [&](int64_t T) {
         const std::optional<Choice> choice = leanest(T);
         if (choice)
-            found = {T, choice->host ? choice->host + limits_.host_outside : 0, choice->options.recompute,
+            found = {T, choice->host ? choice->host + limits_.host_overhead : 0, choice->options.recompute,
                      choice->options.offload};
         return choice.has_value();
     };
@@ -223,14 +223,14 @@ Longest Planner::longest() const {
 static std::string refusal(const Planner& planner, const Choice& best, const Longest& longest) {
     const Limits& limits = planner.limits();
     const std::unique_ptr<Transformer> model = planner.model(best.options);
-    const int64_t device = best.arena + limits.device_outside, host = best.host + limits.host_outside;
+    const int64_t device = best.arena + limits.device_overhead, host = best.host + limits.host_overhead;
     const bool device_lacks = limits.device && device > limits.device;
     std::string line = "context " + std::to_string(planner.options().context) + " does not fit: ";
     if (device_lacks)
         line += std::string("the ") + peak_phase(model->arena()) + " phase needs " + gib(double(device)) + ", " +
                 gib(double(device - limits.device)) + " more than the " + gib(double(limits.device)) + " there are";
     else
-        line += "what waits on the host takes " + gib(double(host)) + ", " + gib(double(host - limits.host)) +
+        line += "what is offloaded takes " + gib(double(host)) + ", " + gib(double(host - limits.host)) +
                 " more than " + (planner.options().host_memory.empty() ? "is available there" : "--host-memory");
     return line + "; " +
            (longest.context ? "the largest context that fits is " + std::to_string(longest.context)
@@ -249,8 +249,8 @@ static std::string note(const Planner& planner, const Choice& chosen) {
     std::string line = "memory: chosen are --recompute " + o.recompute + " --chunk " + std::to_string(o.chunk);
     if (o.head_group) line += " --head-group " + std::to_string(o.head_group);
     if (o.logits_rows != ActivationMemory::kLogitsRows) line += " --logits-rows " + std::to_string(o.logits_rows);
-    line += " --offload " + o.offload + ", " + gib(double(chosen.arena + planner.limits().device_outside));
-    const int64_t device = planner.weigh(simplest).arena + planner.limits().device_outside;
+    line += " --offload " + o.offload + ", " + gib(double(chosen.arena + planner.limits().device_overhead));
+    const int64_t device = planner.weigh(simplest).arena + planner.limits().device_overhead;
     if (planner.limits().device && device > planner.limits().device)
         line +=
             std::string("; with ") +
@@ -290,7 +290,7 @@ bool plan_memory(Options& options, const MakeModel& make) {
     options.recompute = best.options.recompute, options.offload = best.options.offload;
     options.chunk = best.options.chunk, options.head_group = best.options.head_group;
     options.logits_rows = best.options.logits_rows;
-    options.planned = {best.arena + planner.limits().device_outside, best.host + planner.limits().host_outside,
+    options.planned = {best.arena + planner.limits().device_overhead, best.host + planner.limits().host_overhead,
                        peak_phase(planner.model(best.options)->arena()), note};
     return false;
 }

@@ -37,9 +37,10 @@ struct Machine {
     double matmul, attention, other; // parts of flops, flops, bandwidth
 };
 
-// Bytes, of the device and of the host. A limit of 0 is none; outside is what lies beside the arena and the host store.
+// Bytes, of the device and of the host. A limit of 0 is none; overhead is what lies beside the arena and the host
+// store.
 struct Limits {
-    int64_t device, host, device_outside, host_outside;
+    int64_t device, host, device_overhead, host_overhead;
 };
 
 // A way to lay out a run.
@@ -50,7 +51,7 @@ struct Choice {
     double seconds;           // of a step
     double compute, transfer; // parts of it that overlap: what the device works, and what copies to the host take
     double update;            // of the seconds
-    double useful;            // FLOPs of the mathematics, without what is made again
+    double useful;            // FLOPs of the mathematics, without recomputation
 };
 
 // The largest context for which there is a way to lay it out that fits; 0: none.

@@ -97,8 +97,8 @@ ordered_json device_rows(Transformer& model, const Planner& planner, const Choic
     }
     rows["work_space"] = work;
     rows["communication"] = 0; // one rank
-    rows["outside"] = planner.limits().device_outside;
-    rows["total"] = best.arena + planner.limits().device_outside;
+    rows["overhead"] = planner.limits().device_overhead;
+    rows["total"] = best.arena + planner.limits().device_overhead;
     return rows;
 }
 
@@ -107,8 +107,8 @@ ordered_json host_rows(Transformer& model, const Planner& planner, const Choice&
     return {{"residual", best.host - int64_t(tensors.host_bytes())},
             {"optimizer_states", tensors.host_states_bytes},
             {"master_weights", tensors.host_masters_bytes},
-            {"outside", planner.limits().host_outside},
-            {"total", best.host + planner.limits().host_outside}};
+            {"overhead", planner.limits().host_overhead},
+            {"total", best.host + planner.limits().host_overhead}};
 }
 
 ordered_json report(const Planner& planner, const Choice& best, const Longest& longest) {
@@ -196,7 +196,7 @@ void print_table(const ordered_json& all, const Limits& limits) {
 
     printf("device\n");
     for (const auto& [key, bytes] : all["device"].items()) {
-        if (key == "outside")
+        if (key == "overhead")
             row(key, bytes,
                 all["build"].get<std::string>()[1] == 'u' ? "CUDA context, kernels, graph, cuBLASLt"
                                                           : "program, libraries, threads");
@@ -215,13 +215,13 @@ void print_table(const ordered_json& all, const Limits& limits) {
     }
     printf("host\n");
     for (const auto& [key, bytes] : all["host"].items())
-        if (key == "outside" && bytes != 0)
+        if (key == "overhead" && bytes != 0)
             row(key, bytes, "pinned, for uploads");
         else if (key == "total")
             row(key, bytes, limits.host ? "of " + gib(double(limits.host)) : "");
         else if (bytes != 0)
             row(words(key), bytes);
-    if (!all["savings"].empty()) printf("would save, by your word\n");
+    if (!all["savings"].empty()) printf("could save more, at less precision\n");
     for (const ordered_json& saving : all["savings"])
         row(saving["option"], saving["bytes"],
             saving["host_bytes"] != 0 ? "and " + gib(saving["host_bytes"]) + " of the host's" : "");
