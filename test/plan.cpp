@@ -185,7 +185,7 @@ TEST_CASE("what room a GPU has left goes to more rows of logits at a time") {
     auto bytes = [&](const char* rows) {
         const Plan plan(kGpt2, words + memory("16GiB") + Words{"--logits-rows", rows});
         CHECK(plan.chosen().logits_rows == atoi(rows));
-        return plan.best.arena + plan.planner.limits().device_outside;
+        return plan.best.arena + plan.planner.limits().device_overhead;
     };
     auto chosen = [&](const Words& more) { return Plan(kGpt2, words + more).chosen().logits_rows; };
     CHECK(bytes("1024") > bytes("700"));
@@ -294,7 +294,7 @@ TEST_CASE("a report's parts add up") {
                 if (key != "total") sum += bytes.get<int64_t>();
             CHECK(sum == all.at(where).at("total"));
         }
-        CHECK(all.at("device").at("total") == plan.best.arena + plan.planner.limits().device_outside);
+        CHECK(all.at("device").at("total") == plan.best.arena + plan.planner.limits().device_overhead);
         CHECK(all.at("fits") == (plan.best.lacking == 0));
         int64_t peak = 0;
         std::string name;
@@ -472,7 +472,7 @@ TEST_CASE("the largest context says what it needs of the host") {
     const Plan that(kGpt2, k124M + context(longest.context) + memory("8GiB") + Words{"--offload", longest.offload} +
                                Words{"--recompute", longest.recompute});
     CHECK(that.best.lacking == 0);
-    CHECK(that.best.host + that.planner.limits().host_outside == longest.host);
+    CHECK(that.best.host + that.planner.limits().host_overhead == longest.host);
     const json report = Plan(kGpt2, words).report();
     CHECK(report.at("largest_context_host") == longest.host);
     CHECK(report.at("largest_context_options").at("offload") == longest.offload);
