@@ -23,7 +23,7 @@ INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 BY_BACKEND = "LONGHAND_SIMT|__CUDACC__|cuda_runtime"
 BY_PRECISION = "real|kPrecision|kRealEpsilon|PRECISION_BF16"
 DIFFERS = re.compile(rf"\b({BY_PRECISION}|{BY_BACKEND})\b")
-ROOMS = ["plan", "loop", "model", "options", "device", "files", "base"]  # of runtime/
+ROOMS = ["plan", "loop", "model", "ranks", "options", "device", "files", "base"]  # of runtime/
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
