@@ -1,0 +1,101 @@
+// The control channel between the ranks of a run, apart from the data: who is there, what was decided, who failed. A
+// TCP connection from every rank to rank 0, which a thread of its own serves on each, so that it answers whatever the
+// main thread does. The same in all builds; one rank has none.
+//
+// Main threads call broadcast(), gather() and barrier() in one order on all ranks. Whatever goes wrong anywhere is told
+// to everybody once, in one line that names the rank: those that wait here throw it, the others find it with check(),
+// and a rank whose main thread does not look for kGrace seconds, or the timeout if that is less, is ended.
+#pragma once
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "launch.h"
+
+// What a rank says of itself when it comes. Options and weights are hashes.
+struct Hello {
+    std::string options, weights;
+    std::string host, device; // a GPU's UUID; empty in the cpu build, whose ranks share their machine
+    int process = 0;
+};
+
+// What a rank is doing, for the line that says where it was lost.
+struct Whereabouts {
+    std::string phase = "start";
+    int64_t step = 0, collective = 0;
+    bool waiting = false; // in that collective, for other ranks
+    int64_t signs = 0;    // of progress, so far
+};
+
+class Control {
+public:
+    static constexpr double kGrace = 10;
+
+    // Meets all ranks and compares what they say. Throws RunFailed naming who has not come within `timeout` seconds or
+    // where rank 0 cannot be reached, and BadInput naming a rank with other options or weights, two with one GPU, two
+    // of one number. A process of another run is refused, and is told so; it harms no run that it does not belong to.
+    Control(const Launch& launch, const Hello& own, double timeout);
+    // Goodbye: without it a connection that ends is a rank that died.
+    ~Control();
+    Control(const Control&) = delete;
+    Control& operator=(const Control&) = delete;
+
+    int rank() const { return launch_.rank; }
+    int ranks() const { return launch_.ranks; }
+    const std::vector<Hello>& hellos() const { return hellos_; } // by rank
+
+    std::string broadcast(const std::string& value = "");      // rank 0's
+    std::vector<std::string> gather(const std::string& value); // all, by rank, on rank 0; empty elsewhere
+    void barrier();
+
+    // Signs of progress. A rank that gives none for `timeout` seconds, or does not answer at all, ends the run.
+    void enter(const std::string& phase, int64_t step);
+    void progress();
+    void begin_waiting(int64_t collective); // for other ranks, which is no progress but no fault of this rank's
+    void end_waiting();
+
+    void request_stop(int signal);
+    int stop_requested(); // on rank 0: the signal that any rank asked to stop for, or 0
+
+    void fail(const std::string& what); // of this rank, to all
+    bool failed();
+    void check(); // throws RunFailed once anything has failed
+
+private:
+    struct Link;
+
+    const Launch launch_;
+    const double timeout_;
+    std::vector<Hello> hellos_;
+    std::vector<std::unique_ptr<Link>> links_; // rank 0: by rank, its own empty; elsewhere one, to rank 0
+    int wake_ = -1;                            // an eventfd that ends the service's wait
+    std::mutex mutex_;                         // of all that follows, and of what the links hold
+    std::condition_variable changed_;
+    Whereabouts here_;
+    double moved_ = 0; // when here_.signs last grew
+    std::string failure_;
+    bool told_ = false; // by rank 0
+    double failed_at_ = 0;
+    int stop_ = 0;
+    double leaving_ = 0; // since when, or 0
+    std::thread service_;
+
+    void meet_as_first(const Hello& own);
+    void join_first(const Hello& own);
+    void serve();
+    void receive(Link& link);
+    void take(Link& link, char kind, const std::string& text);
+    void lose(Link& link);
+    void watch(double now);
+    void send(Link& link, char kind, const std::string& text);
+    void send_all(char kind, const std::string& text);
+    void set_failure(const std::string& what);
+    std::string next_value(std::unique_lock<std::mutex>& lock, Link& link);
+    bool tells() const;
+    std::string name(int rank) const;
+};
