@@ -143,7 +143,7 @@ def test_without_options_toml_the_checkpoint_knows(data, reference, tmp_path):
     run = copy(reference, tmp_path)
     (run / "options.toml").unlink()
     log = (run / "log.jsonl").read_bytes()
-    paths = ["--train", f"{data}/train_*.bin", "--val", f"{data}/val_*.bin"]
+    paths = ["--train", f"{data}/train_*.bin", "--val", f"{data}/val_*.bin", "--threads", 1]  # what no checkpoint records
     for given, word in (([], "--train"), ([*paths, "--model", "2,128,2"], "--model"), ([*paths, "--beta1", 0.5], "--beta1"),
                         ([*paths, "--init", data / "x.bin"], "--init"),
                         (["--train", f"{data}/train_0.bin"], "")):

@@ -222,7 +222,7 @@ def same_weights(a, b, step):
 
 def check_storm(storm, shard, tmp_path, **case):
     width, threads = case.pop("width"), case.pop("threads")
-    args = [*wide(shard, width, steps=3), "--threads", threads]
+    args = wide(shard, width, steps=3, threads=threads)
     assert end(start([*args, "--out", tmp_path / "calm"], **case))[0] == DONE
     report = tmp_path / "report"
     environment = storm(MICROSECONDS=1000, REPORT=report)
@@ -261,7 +261,7 @@ def test_stopped_by_a_signal_to_any_thread_in_a_storm(long_shard, tmp_path, stor
     """No crash, no lost checkpoint, the same weights."""
     case, steps, context = {"program": program, "precision": precision}, STEPS[width], 64 if width < 512 else 16
     small = {"context": context, "tokens_per_step": 2 * context, "optimizer": "lion", "state": "bf16", "keep": 1}
-    args = [*wide(long_shard, width, steps=steps, **small), "--threads", threads]
+    args = wide(long_shard, width, steps=steps, threads=threads, **small)
     assert end(start([*args, "--out", tmp_path / "calm"], **case))[0] == DONE
     run, log = tmp_path / "storm", tmp_path / "storm/log.jsonl"
     step_times = lambda: re.findall('"event":"step".*"ms":([0-9.]+)', log.read_text()) if log.exists() else []

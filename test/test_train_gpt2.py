@@ -478,7 +478,7 @@ def test_help_names_every_option(whole):
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core has one thread")
 def test_one_thread_is_warned_of_unless_it_was_asked_for(data, tmp_path):
-    for name, chosen, warned in (("inherited", {}, True), ("asked", {"threads": 1}, False)):
+    for name, chosen, warned in (("inherited", {"threads": None}, True), ("asked", {"threads": 1}, False)):
         done = trainer(*options(data, steps=1, **chosen), "--out", tmp_path / name,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == DONE and ("one thread" in done.stderr) == warned, done.stderr
