@@ -20,7 +20,7 @@ TEST_FLAGS = -O2 $(FAST_ASSERTS)
 TEST_CHECKS = $(if $(findstring asan,$@),$(if $(filter fuzz,$(*F)),,-fno-sanitize=undefined))
 LOW = $(if $(findstring asan,$@),-O0,-O1)
 FAST_ASSERTS = -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
-LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint files fuzz log options% outliers plan schedule shards signals target \
+LIGHT_TESTS = $(TEST_SUPPORT) main arena checkpoint control files fuzz launch log options% outliers plan schedule shards signals target \
 	tokenizer
 TEST_MODE = $(if $(filter $(LIGHT_TESTS),$(*F)),$(LOW),-include $(@D)/precompiled.h) $(TEST_CHECKS)
 # Sources of runtime/ that are slow to compile, with JSON and command lines, and take no time of a run: in a folder of

@@ -192,8 +192,9 @@ TEST_CASE("without a GPU two ranks may share a machine") {
 TEST_CASE("who is missing is named, and so is a rank 0 that is not there") {
     Ranks all;
     for (const int rank : {0, 2})
-        all.start([&, rank] { Control control(all.launch(rank, 4), all.hello(rank), kShort); });
-    CHECK(all.ends()[0] == kRunFailed);
+        all.start([&, rank] { Control control(all.launch(rank, 4), all.hello(rank), rank ? kTimeout : kShort); });
+    CHECK(all.ends() == std::vector<int>(2, kRunFailed));
+    CHECK(contains(all.said(1), "rank 1, 3 of 4 did not come"));
     CHECK(contains(all.said(0), "rank 1, 3 of 4 did not come within 1 seconds"));
     Ranks alone;
     alone.start([&] { Control control(alone.launch(1, 2), alone.hello(1), kShort); });
@@ -255,6 +256,19 @@ TEST_CASE("a failure is everybody's, and says whose it was") {
                                                ", process " + std::to_string(all.processes[culprit]) +
                                                "): the loss is not finite"));
     }
+}
+
+TEST_CASE("of several failures the first is told") {
+    Ranks all;
+    all.start_all(3, [](Control& control) {
+        if (control.rank() == 1) control.fail("the first");
+        while (control.rank() == 2 && !control.failed()) pause(0.01);
+        if (control.rank() == 2) control.fail("what follows");
+        pause(0.5);
+        control.check();
+    });
+    CHECK(all.ends() == std::vector<int>(3, kRunFailed));
+    for (int rank = 0; rank < 3; rank++) CHECK(contains(all.said(rank), "): the first"));
 }
 
 TEST_CASE("an exception that nobody told of, and a rank that leaves while others wait") {

@@ -11,8 +11,8 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int64_t kDatasetVersion =
-    2; // the first that was numbered; before it there was neither a hash nor a list of shards
+// The first that was numbered; before it there was neither a hash nor a list of shards.
+constexpr int64_t kDatasetVersion = 2;
 constexpr size_t kLargestDataset = size_t(256) << 20; // a shard takes about 100 bytes
 constexpr size_t kPieceBytes = 4096, kPieces = 16;
 

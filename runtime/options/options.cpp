@@ -444,8 +444,9 @@ Options parse_options(int argc, char** argv, const Family& family, TargetOf targ
         }
         reopen_memory(options, *own, given);
     }
-    check_together(options, target(options), family);
-    check_effect(options, target(options), given, table);
+    const Target meant = target(options);
+    check_together(options, meant, family);
+    check_effect(options, meant, given, table);
     return options;
 }
 

@@ -58,6 +58,10 @@ Hello hello_of(const std::vector<std::string>& fields, size_t first) {
 }
 constexpr size_t kHelloFields = 5;
 
+std::string describe(int rank, const Hello& hello) {
+    return "rank " + std::to_string(rank) + " (" + hello.host + ", process " + std::to_string(hello.process) + ")";
+}
+
 std::string describe(const Whereabouts& at) {
     std::string text = "step " + std::to_string(at.step) + ", " + at.phase;
     if (at.waiting) text += ", waiting for other ranks in collective " + std::to_string(at.collective);
@@ -79,21 +83,18 @@ struct Control::Link {
 };
 
 Control::Control(const Launch& launch, const Hello& own, double timeout) : launch_(launch), timeout_(timeout) {
-    wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (launch.rank == 0)
         meet_as_first(own);
     else
         join_first(own);
+    wake_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     moved_ = seconds_now();
     for (auto& link : links_)
         if (link) link->heard = link->moved = seconds_now();
     service_ = std::thread([this] { serve(); });
 }
 
-std::string Control::name(int rank) const {
-    const Hello& hello = hellos_[rank];
-    return "rank " + std::to_string(rank) + " (" + hello.host + ", process " + std::to_string(hello.process) + ")";
-}
+std::string Control::name(int rank) const { return describe(rank, hellos_[rank]); }
 
 // Rank 0: everyone's greeting, until all are here. Strangers are refused and forgotten.
 void Control::meet_as_first(const Hello& own) {
@@ -115,8 +116,7 @@ void Control::meet_as_first(const Hello& own) {
         ours = true;
         const int rank = atoi(fields[2].c_str());
         const Hello hello = hello_of(fields, 4);
-        const std::string who =
-            "rank " + fields[2] + " (" + hello.host + ", process " + std::to_string(hello.process) + ")";
+        const std::string who = describe(rank, hello);
         if (fields[3] != std::to_string(launch_.ranks) || rank < 1 || rank >= launch_.ranks)
             return who + " was started for " + fields[3] + " ranks and rank 0 for " + std::to_string(launch_.ranks);
         if (links_[rank]) return who + " and " + name(rank) + " have one number";
@@ -172,7 +172,7 @@ void Control::meet_as_first(const Hello& own) {
     }
     if (!wrong.empty()) {
         for (auto& link : links_)
-            if (link) link->connection.put(kRefusal, wrong), link->connection.flush();
+            if (link) link->connection.put(late ? kFailure : kRefusal, wrong), link->connection.flush();
         if (late) throw RunFailed(wrong);
         throw BadInput(wrong);
     }
@@ -186,7 +186,7 @@ void Control::meet_as_first(const Hello& own) {
 void Control::join_first(const Hello& own) {
     const double until = seconds_now() + timeout_;
     const std::string where = "rank 0 at " + launch_.address + ", port " + std::to_string(launch_.port);
-    std::string why = "nobody answers", refused;
+    std::string why = "nobody answers";
     std::vector<std::string> greeting = {std::string(kMagic, strlen(kMagic) - 1), launch_.run,
                                          std::to_string(launch_.rank), std::to_string(launch_.ranks)};
     for (const std::string& field : fields_of(own)) greeting.push_back(field);
@@ -204,6 +204,7 @@ void Control::join_first(const Hello& own) {
                 if (!open) connection.next(kind, text);
             }
             if (kind == kRefusal) throw BadInput(where + ": " + text);
+            if (kind == kFailure) throw RunFailed(where + ": " + text);
             if (kind == kWelcome) {
                 const std::vector<std::string> fields = split(text);
                 for (int rank = 0; rank < launch_.ranks; rank++)
@@ -304,8 +305,7 @@ void Control::watch(double time) {
     auto late = [&](const Seen& one) { return time - one.moved > timeout_; };
     auto works = [](const Seen& one) { return !one.at.waiting; };
     auto culprit = std::find_if(ranks.begin(), ranks.end(), [&](const Seen& one) { return works(one) && late(one); });
-    if (culprit == ranks.end() && std::none_of(ranks.begin(), ranks.end(), works) &&
-        std::all_of(ranks.begin(), ranks.end(), late))
+    if (culprit == ranks.end() && std::all_of(ranks.begin(), ranks.end(), late)) // all wait
         culprit = std::min_element(ranks.begin(), ranks.end(),
                                    [](const Seen& a, const Seen& b) { return a.at.collective < b.at.collective; });
     if (culprit != ranks.end())
