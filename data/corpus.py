@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Iterable, Iterator, Optional
 
-from common import InputError
+from common import InputError, open_input
 from cuts import LONGEST, MARGIN, WORD_END, Cutter, Encode, NoPlace
 
 PIECE = 1 << 18  # characters: long enough that a worker's round trip is noise, short enough to keep many in flight
@@ -191,7 +191,7 @@ class Corpus:
             self.done += source.size
 
     def open(self, source: Source) -> io.BufferedIOBase:
-        self.file = open(source.path, "rb")
+        self.file = open_input(source.path)
         if source.compression == ".gz":
             return gzip.GzipFile(fileobj=self.file)
         if source.compression == ".zst":
@@ -316,7 +316,7 @@ class Corpus:
             raise InputError(
                 f"{source.path}: reading parquet needs pyarrow; install it with: pip install pyarrow"
             ) from error
-        self.file = open(source.path, "rb")
+        self.file = open_input(source.path)
         try:
             table = pyarrow.parquet.ParquetFile(self.file)
             if self.field not in table.schema_arrow.names:

@@ -9,7 +9,7 @@ import os
 import struct
 from typing import Any, Iterable
 
-from common import HEADER_BYTES, InputError
+from common import HEADER_BYTES, InputError, open_input
 
 SUMMARY = "dataset.json"
 VERSION = 2  # the first that was numbered; before it there was neither a hash nor a list of shards
@@ -37,7 +37,7 @@ def shard_hash(path: str, count: int) -> str:
     else:
         pieces = [(i * (size - PIECE_BYTES) // (PIECES - 1), PIECE_BYTES) for i in range(PIECES)]
     parts = []
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         parts.append(file.read(HEADER_BYTES))
         for begin, length in pieces:
             file.seek(HEADER_BYTES + begin)
@@ -59,7 +59,7 @@ def describe_shards(folder: str, counts: dict[str, int]) -> list[dict[str, Any]]
 
 def read(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_input(path, "r", encoding="utf-8") as file:
             record = json.load(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged; run again with --force") from error

@@ -12,7 +12,7 @@ import struct
 import numpy as np
 
 import dataset
-from common import HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, InputError
+from common import HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, InputError, open_input
 from dataset import SUMMARY
 from vocabulary import read_binary
 
@@ -155,7 +155,7 @@ class Output:
 def check_shard(path: str, vocab: int, eot: int) -> tuple[int, int]:
     """(tokens, documents) of a shard that is what its header says; InputError for any other."""
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         header = file.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES:
         raise InputError(f"{path}: {size:,} bytes, shorter than a header of {HEADER_BYTES:,}")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import pytest
@@ -64,6 +65,8 @@ def test_errors_are_one_line_with_a_code(gpt2_like, tmp_path, capsys):
     (tmp_path / "torn.txt.zst").write_bytes(zstandard.compress(prose(9000).encode())[:-20])
     (tmp_path / "plain.txt.gz").write_text("not compressed at all")
     (tmp_path / "plain.txt.zst").write_text("not compressed at all")
+    os.mkfifo(tmp_path / "pipe.txt")  # nobody will write to it
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "wordpiece.json").write_text('{"model": {"type": "WordPiece"}}')
     made = json.loads(gpt2_like.read_text())
@@ -84,6 +87,8 @@ def test_errors_are_one_line_with_a_code(gpt2_like, tmp_path, capsys):
         ([tmp_path / "torn.txt.zst", *out, *raw], "cut short"),
         ([tmp_path / "plain.txt.gz", *out, *raw], "plain.txt.gz: cannot be read"),
         ([tmp_path / "plain.txt.zst", *out, *raw], "plain.txt.zst: cannot be read"),
+        ([tmp_path / "pipe.txt", *out, *raw], "pipe.txt: cannot be read (no regular file)"),
+        ([text, *out, "--tokenizer", tmp_path / "pipe"], "pipe: cannot be read (no regular file)"),
         ([tmp_path / "list.json", *out, *raw], "named .jsonl"),
         ([text, *out, "--tokenizer", tmp_path / "none.json"], "none.json: cannot be read (No such file or directory); scripts/download_hf.py"),
         ([text, *out, "--tokenizer", tmp_path / "list.json"], "not a tokenizer.json"),

@@ -20,6 +20,7 @@ from common import (
     SHORT_TOKEN,
     TOKENIZER_MAGIC,
     InputError,
+    open_input,
 )
 
 UNUSED = "\ufffd".encode()  # the text of an id that the vocabulary leaves out; llm.c's reader refuses empty tokens
@@ -149,7 +150,7 @@ def encode_raw(texts: list[str]) -> list[np.ndarray]:
 
 def load(path: str, eot_text: str) -> Vocabulary:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open_input(path, "r", encoding="utf-8", newline="") as file:
             text = file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); scripts/download_hf.py gets a model's") from error
@@ -182,7 +183,7 @@ def train(pieces: Iterable[str], size: int) -> Vocabulary:
 def read_binary(path: str) -> tuple[list[bytes], Optional[int]]:
     """The tokens and the end of text of a tokenizer binary."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -34,6 +34,8 @@ class Refused(Exception):
 def recorded_tokenizer(run: str) -> str:
     """The tokenizer binary that the run's options name."""
     options = os.path.join(run, "options.toml")
+    if not os.path.isfile(options):  # a pipe of that name would be waited for, here and below
+        raise Refused(f"{options}: no such file; name the tokenizer with --tokenizer FILE.bin")
     try:
         with open(options, "rb") as file:
             named = tomllib.load(file).get("tokenizer")
@@ -56,7 +58,8 @@ def recorded_tokenizer(run: str) -> str:
 def newest_weights(run: str) -> str:
     """The last weights file of a run's folder, or the file itself."""
     pattern = os.path.join(glob.escape(run), "**", "model.bin")
-    files = [run] if os.path.isfile(run) else sorted(glob.glob(pattern, recursive=True))
+    there = [run] if os.path.isfile(run) else sorted(glob.glob(pattern, recursive=True))
+    files = [path for path in there if os.path.isfile(path)]
     if not files:
         raise Refused(f"{run}: no checkpoint in this folder")
     return files[-1]
@@ -83,6 +86,8 @@ def trainer_of(run: str) -> str:
 
 def vocabulary_size(path: str) -> int:
     """The tokens of a tokenizer binary."""
+    if not os.path.isfile(path):
+        raise Refused(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             head = file.read(16)
@@ -139,6 +144,10 @@ def prompt_of(args) -> str:
     return args.text
 
 
+def complain(why: str):
+    print(f"generate.py: error: {' '.join(why.split())}", file=sys.stderr)
+
+
 def sample(command: list[str]) -> int:
     """Runs the trainer. Of what it says on stderr only a warning about the prompt is of interest, and why it failed."""
     try:
@@ -147,11 +156,12 @@ def sample(command: list[str]) -> int:
         raise Refused(f"{command[0]}: no such program; build it with make, or name it with --trainer") from error
     except OSError as error:
         raise Refused(f"{command[0]}: cannot be started ({error.strerror})") from error
-    said = done.stderr.decode(errors="replace")
+    said = done.stderr.decode(errors="replace").splitlines()
     if done.returncode:
-        sys.stderr.write(said)
+        why = " ".join(line for line in said if line and not line.startswith("warning: "))
+        complain(why or f"{command[0]} ended by signal {-done.returncode}")
         return done.returncode if done.returncode > 0 else 128 - done.returncode
-    sys.stderr.writelines(line for line in said.splitlines(True) if line.startswith("warning: the prompt"))
+    sys.stderr.writelines(f"{line}\n" for line in said if line.startswith("warning: the prompt"))
     return 0
 
 
@@ -210,7 +220,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         return generate(parser.parse_intermixed_args(argv))
     except Refused as refused:
-        print(f"generate.py: error: {' '.join(str(refused).split())}", file=sys.stderr)
+        complain(str(refused))
         return 2
     except KeyboardInterrupt:
         return 130

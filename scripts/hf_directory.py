@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tensor_stream import Stored
-from weights_file import ITEM_BYTES, InputError
+from weights_file import ITEM_BYTES, InputError, open_input
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SAFE_NAME = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -36,7 +36,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_input(path, "r", encoding="utf-8") as file:
             made = json.load(file, object_pairs_hook=without_duplicates)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
@@ -111,9 +111,8 @@ class Directory:
     def open(self, name: str) -> dict[str, Found]:
         path = self.path(name)
         try:
-            with safe_open(path, framework="np"):
-                pass
-            handle = os.open(path, os.O_RDONLY)
+            with open_input(path) as file, safe_open(path, framework="np"):
+                handle = os.dup(file.fileno())
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file") from error
         except OSError as error:

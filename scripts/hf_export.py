@@ -13,7 +13,7 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-from weights_file import InputError
+from weights_file import InputError, open_input
 
 import dataset  # of data/, which weights_file puts on the path
 import vocabulary
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 def read_object(path: str, load: Callable[[Any], Any]) -> dict[str, Any]:
     """A file that is there to help; {} where it does not."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             made = load(file)
     except (OSError, ValueError, RecursionError):
         return {}
@@ -155,7 +155,7 @@ def losses(run: Run) -> list[str]:
     """The newest of each kind that the checkpoint has behind it."""
     last: dict[str, dict[str, Any]] = {}
     try:
-        with open(os.path.join(run.folder, "log.jsonl"), "rb") as file:
+        with open_input(os.path.join(run.folder, "log.jsonl")) as file:
             for line in file:
                 try:
                     event = json.loads(line)
@@ -203,7 +203,7 @@ def is_ours(path: str) -> bool:
     if os.path.basename(path) != CARD:
         return False
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open_input(path, "r", encoding="utf-8", newline="") as file:
             text = file.read()
     except (OSError, ValueError):
         return False

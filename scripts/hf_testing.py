@@ -1,9 +1,11 @@
 """What the tests of convert_hf.py share: tiny models, and readers and writers that know nothing of its code."""
 
 import json
+import re
 import struct
 
 import numpy as np
+import xxhash
 
 import convert_hf
 
@@ -133,6 +135,18 @@ def binary(family, tensors, kind="F32", words=None):
         if any(part in name for part in ("wte", "embed_in", "embed_out")):
             made.append(bytes((VP - V) * C * value.itemsize))
     return b"".join(made)
+
+
+def write_manifest(checkpoint, parts=None, **more):
+    """As a trainer does: of the files that are there, or of those given, with a checksum of its compact form."""
+    there = sorted(path for path in checkpoint.glob("*.bin"))
+    body = {"format": "longhand checkpoint", "fault": "", "meta": {}, "step": int(re.search(r"\d+", checkpoint.name)[0]),
+            "parts": [{"name": path.name, "bytes": path.stat().st_size, "xxh3": xxhash.xxh3_64_hexdigest(path.read_bytes())}
+                      for path in there] if parts is None else parts} | more
+    compact = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    body["checksum"] = xxhash.xxh3_64_hexdigest(compact.encode())
+    text = json.dumps(body, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    (checkpoint / "manifest.json").write_text(text)
 
 
 def run(*arguments):

@@ -125,7 +125,11 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("--title", help="the picture's title (the run's name)")
     try:
         args = parser.parse_args(argv)
-        log = os.path.join(args.run, "log.jsonl") if os.path.isdir(args.run) else args.run
+        log = args.run
+        if os.path.isdir(args.run):
+            log = os.path.join(args.run, "log.jsonl")
+            if not os.path.isfile(log):  # a pipe of that name would be waited for
+                raise Refused(f"{log}: no such file")
         train, val = read_log(log)
         name = os.path.basename(os.path.normpath(os.path.abspath(args.run)))
         draw(train, val, args.title or name, args.output)

@@ -302,12 +302,11 @@ def test_rotated_dimensions_survive_every_division():
             assert int(D * rotary_share(dims, D)) == dims
 
 
-def checkpoint(run_folder, step, data, name=None, bytes_=None):
+def checkpoint(run_folder, step, data, name=None):
     folder = run_folder / (name or f"step_{step:08d}")
     folder.mkdir(parents=True)
     (folder / "model.bin").write_bytes(data)
-    parts = [{"name": "model.bin", "bytes": len(data) if bytes_ is None else bytes_, "xxh3": "0"}]
-    (folder / "manifest.json").write_text(json.dumps({"format": "longhand checkpoint", "step": step, "parts": parts}))
+    t.write_manifest(folder)
     return folder
 
 
@@ -316,7 +315,8 @@ def test_the_newest_whole_checkpoint_of_a_run(tmp_path, capsys):
     files = [binary("gpt2", tensors) for tensors in models]
     first = checkpoint(tmp_path / "run", 100, files[0])
     checkpoint(tmp_path / "run", 200, files[1], ".step_00000200.old")
-    checkpoint(tmp_path / "run", 1000, files[2], bytes_=1)
+    short = checkpoint(tmp_path / "run", 1000, files[2])
+    (short / "model.bin").write_bytes(files[2][:-1])
     checkpoint(tmp_path / "run", 300, files[3], ".step_00000300.tmp")
     assert run(first, "--back", tmp_path / "a") == 0
     assert read_safetensors(tmp_path / "a") == raw(models[0], "F32")
@@ -333,8 +333,7 @@ def test_a_healthy_checkpoint_comes_before_a_newer_one_that_is_not(tmp_path):
     from weights_file import locate
 
     folders = [checkpoint(tmp_path / "run", step, binary("gpt2", model("gpt2", seed=step))) for step in (1, 2)]
-    manifest = folders[1] / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "fault": "updates were skipped"}))
+    t.write_manifest(folders[1], fault="updates were skipped")
     warnings = []
     assert locate(str(tmp_path / "run"), warnings.append) == str(folders[0] / "model.bin")
     assert len(warnings) == 1 and "step_00000002: not healthy (updates were skipped)" in warnings[0]

@@ -324,18 +324,26 @@ def test_checkpoints_that_are_not_whole(tmp_path, capsys):
     folder.mkdir(parents=True)
     data = binary("gpt2", model("gpt2"))
     (folder / "model.bin").write_bytes(data)
-    whole = {"parts": [{"name": "model.bin", "bytes": len(data)}, {"name": "optimizer.bin", "bytes": 1}]}
-    for manifest, says in (
-        (None, "neither a run nor a checkpoint"),
-        ("{", "damaged"),
-        ("[]", "damaged"),
-        (json.dumps({"parts": [{"name": "optimizer.bin", "bytes": 1}]}), "names no model.bin"),
-        (json.dumps(whole), "optimizer.bin: is missing"),
-        (json.dumps({"parts": [{"name": "model.bin", "bytes": 7}]}), "manifest says 7"),
+    assert "neither a run nor a checkpoint" in refused(capsys, folder, "--back", tmp_path / "hf")
+    mine, other = ({"name": f"{name}.bin", "bytes": len(data), "xxh3": "0" * 16} for name in ("model", "optimizer"))
+    for parts, says in (
+        ([other], "names no model.bin"),
+        ([mine, other], "optimizer.bin: is missing"),
+        ([mine | {"bytes": 7}], "manifest says 7"),
+        ([mine], "model.bin: its bytes changed"),
     ):
-        if manifest is not None:
-            (folder / "manifest.json").write_text(manifest)
+        t.write_manifest(folder, parts)
         assert says in refused(capsys, folder, "--back", tmp_path / "hf")
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")  # nobody will write to it
+    assert "no regular file" in refused(capsys, folder, "--back", tmp_path / "hf")
+    (folder / "manifest.json").unlink()
+    t.write_manifest(folder, meta={"note": 'naïve " \\ { 漢', "loss": 1e-7})
+    assert t.run(folder, "--back", tmp_path / "whole") == 0
+    whole = (folder / "manifest.json").read_text()
+    for harmed in ("{", "[]", "", whole[:-1], whole.replace('"step": 1', '"step": 2'), whole.replace("1e-07", "1e-06")):
+        (folder / "manifest.json").write_text(harmed)
+        assert "damaged" in refused(capsys, folder, "--back", tmp_path / "hf")
     assert t.run(tmp_path / "run", "--back", tmp_path / "hf") == 2  # warned of, and no other is there
     assert "no whole checkpoint" in capsys.readouterr().err
     write_directory(tmp_path / "given", "gpt2", model("gpt2"))

@@ -28,8 +28,7 @@ def write_checkpoint(folder, step, model, meta=ABOUT):
     place = folder / f"step_{step:08}"
     place.mkdir(parents=True)
     (place / "model.bin").write_bytes(model)
-    parts = [{"name": "model.bin", "bytes": len(model), "xxh3": "0" * 16}]
-    (place / "manifest.json").write_text(json.dumps({"parts": parts, "meta": meta, "step": step}))
+    t.write_manifest(place, meta=meta)
     return place
 
 
@@ -188,7 +187,7 @@ def test_a_record_that_is_not_as_expected_is_left_out(made, tmp_path, harm):
     path = {"options": folder / "options.toml", "log": folder / "log.jsonl", "dataset": data / "dataset.json",
             "manifest": folder / "step_00000020/manifest.json"}[harm]
     if harm == "manifest":
-        path.write_text(json.dumps({"parts": json.loads(path.read_text())["parts"], "meta": ["odd"]}))
+        t.write_manifest(path.parent, meta=["odd"])
     else:
         path.write_bytes(b'\xff{"event": [], "train": 3}\n[1]\n')
     assert run(folder, "--back", tmp_path / "hf") == 0

@@ -19,7 +19,7 @@ TRAINER = """#!/usr/bin/env python3
 import json, sys
 said = open(sys.argv[sys.argv.index("--init") + 1] + "/options.toml").read()
 if "--fail" in said:
-    sys.stderr.write("the checkpoint is torn\\n")
+    sys.stderr.write("warning: one thread\\ntrain_gpt2: the checkpoint is torn\\n")
     sys.exit(3)
 sys.stderr.write("build cpu, 2 threads\\n")
 if "--warn" in said:
@@ -179,7 +179,7 @@ def test_errors_are_one_line(run, data, trainer, tmp_path, capfd):
     cases = [
         ([tmp_path / "none", "x"], "no such run folder"),
         ([trainer, "x"], "weights file"),
-        ([run, "x", "--tokenizer", tmp_path / "none.bin"], "none.bin: cannot be read"),
+        ([run, "x", "--tokenizer", tmp_path / "none.bin"], "none.bin: no such file"),
         ([run, "x", "--tokenizer", lonely], "lonely.json: no such file"),
         ([run, "x", "--tokenizer", strange], "do not belong together"),
         ([run, "x", "--tokenizer", tmp_path / "torn.bin"], "not a tokenizer binary"),
@@ -191,6 +191,8 @@ def test_errors_are_one_line(run, data, trainer, tmp_path, capfd):
     ]
     for arguments, says in cases:
         assert says in refused(capfd, "--trainer", trainer, *arguments)
+    os.mkfifo(tmp_path / "pipe.bin")  # nobody will write to it
+    assert "no such file" in refused(capfd, run, "x", "--tokenizer", tmp_path / "pipe.bin", "--trainer", trainer)
     for text, says in (
         ('tokenizer="none/t.bin"', "not there"),
         ("context=1", "without --tokenizer"),
@@ -205,7 +207,7 @@ def test_a_failing_trainer_is_heard(run, trainer):
     with open(run / "options.toml", "a") as file:
         file.write("# --fail\n")
     done = generate(run, "x", "--trainer", trainer)
-    assert done.returncode == 3 and done.stderr == "the checkpoint is torn\n"
+    assert done.returncode == 3 and done.stderr == "generate.py: error: train_gpt2: the checkpoint is torn\n"
 
 
 def test_the_weights_choose_the_trainer(tmp_path):

@@ -98,8 +98,11 @@ def test_command_line_and_errors(tmp_path, capsys):
     assert done.returncode == 0 and "<svg" in (tmp_path / "a.svg").read_text()
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "log.jsonl").write_text('{"event":"plan"}\n')
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "log.jsonl")  # nobody will write to it
     for arguments, says in (
         ([tmp_path / "none"], "none: cannot be read"),
+        ([tmp_path / "piped"], "log.jsonl: no such file"),
         ([tmp_path / "young"], "no losses"),
         ([tmp_path, "-o", tmp_path / "no" / "a.png"], "a.png: cannot be written"),
         ([tmp_path, "-o", tmp_path / "a.xyz"], "a.xyz"),

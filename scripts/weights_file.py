@@ -8,10 +8,12 @@ import re
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
+
+import xxhash
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-from common import HEADER_BYTES, MAX_VOCAB, InputError  # noqa: E402
+from common import HEADER_BYTES, MAX_VOCAB, InputError, open_input  # noqa: E402
 
 GPT2, NEOX = "gpt2", "gpt_neox"  # as config.json's model_type says it
 MAGIC = {GPT2: 20240326, NEOX: 20261124}
@@ -202,7 +204,7 @@ def read_header(path: str) -> Header:
     """The header of a weights file that is exactly as long as it says; InputError for any other."""
     try:
         size = os.path.getsize(path)
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             head = file.read(HEADER_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
@@ -230,32 +232,57 @@ def read_header(path: str) -> Header:
 def checkpoint_fault(folder: str) -> str:
     """What keeps a checkpoint from being healthy, by its manifest; nothing if it cannot be read."""
     try:
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+        with open_input(os.path.join(folder, "manifest.json"), "r", encoding="utf-8") as file:
             return str(json.load(file).get("fault") or "")
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
 
 
-def checkpoint_model(folder: str) -> str:
-    """model.bin of one checkpoint, whose parts have the sizes that its manifest says. Hashes are the trainer's to
-    check: Python's library has no XXH3."""
-    manifest = os.path.join(folder, "manifest.json")
+def manifest_checksum(text: str) -> str:
+    """Of a manifest without its checksum and without the blanks between its words, as the trainer hashes it. Its text is
+    taken as it is: Python would write some numbers otherwise."""
+    words = "".join(re.findall(r'"(?:[^"\\]|\\.)*"|[^\s"]+', text))
+    return xxhash.xxh3_64_hexdigest(re.sub('"checksum":"[0-9a-f]{16}",', "", words, count=1).encode())
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """A checkpoint's manifest, which matches the checksum that it holds of itself."""
+    path = os.path.join(folder, "manifest.json")
     try:
-        with open(manifest, encoding="utf-8") as file:
-            parts = {part["name"]: part["bytes"] for part in json.load(file)["parts"]}
+        with open_input(path, "r", encoding="utf-8", newline="") as file:
+            text = file.read()
+        made = json.loads(text)
+        if made["checksum"] != manifest_checksum(text) or not text.endswith("}\n"):
+            raise InputError(f"{path}: damaged; it does not match its checksum")
     except OSError as error:
-        raise InputError(f"{manifest}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{manifest}: damaged") from error
+        raise InputError(f"{path}: damaged") from error
+    return made
+
+
+def checkpoint_model(folder: str) -> str:
+    """model.bin of one checkpoint, whose parts have the sizes that its manifest says, and model.bin its hash. What else
+    a resume needs is the trainer's to hash."""
+    parts = {part["name"]: part for part in read_manifest(folder)["parts"]}
     if "model.bin" not in parts:
-        raise InputError(f"{manifest}: names no model.bin")
-    for name, bytes_ in parts.items():
-        path = os.path.join(folder, str(name))
+        raise InputError(f"{folder}: its manifest names no model.bin")
+    for name, part in parts.items():
+        path = os.path.join(folder, name)
         size = os.path.getsize(path) if os.path.isfile(path) else None
-        if size != bytes_:
+        if size != part["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
-            raise InputError(f"{path}: {found}, and the manifest says {bytes_} bytes")
-    return os.path.join(folder, "model.bin")
+            raise InputError(f"{path}: {found}, and the manifest says {part['bytes']:,} bytes")
+    model, hashed = os.path.join(folder, "model.bin"), xxhash.xxh3_64()
+    try:
+        with open_input(model) as file:
+            while piece := file.read(1 << 24):
+                hashed.update(piece)
+    except OSError as error:
+        raise InputError(f"{model}: cannot be read ({error.strerror})") from error
+    if hashed.hexdigest() != parts["model.bin"]["xxh3"]:
+        raise InputError(f"{model}: its bytes changed since it was written, the manifest has another hash of them")
+    return model
 
 
 def checkpoints_in(run: str) -> list[str]:

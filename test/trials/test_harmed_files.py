@@ -274,7 +274,8 @@ def harmed_files(trial, grounds):
     if how is link_there:
         trial.check(code == 0, "a link to a file is refused")
         return
-    if victim.startswith(NEWEST):
+    # An export holds nothing of the optimizer: its size alone is looked at.
+    if victim.startswith(NEWEST) and not (name == "back run" and victim.endswith("/optimizer.bin")):
         trial.check(code or "step_00000004" in said or name == "generate", "a harmed checkpoint passes for a whole one")
     if code == 0 and victim.endswith(".bin") or victim.endswith(".safetensors"):
         trial.check(code or how not in (cut, longer, noise, gone, folder_there, loop_there, pipe_there) or

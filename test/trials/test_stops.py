@@ -156,13 +156,10 @@ def kill(trial, process, whole):
 
 def stop(trial, process, whole):
     number = trial.rng.choice(STOPPING)
-    run = trial.folder / "run"
-    begun = trial.log_before != stamp(run / "log.jsonl") and not (run / whole["final"].name).exists()
     send(trial, process, number)
     trial.tell(f"  {number.name}")
     covered[f"stops: {number.name}"] += 1
-    # Before there is a run, or with nothing left to do, it dies like any program.
-    return {0, 4} if begun else {0, 4, -number, 128 + number}
+    return {0, 4, -number, 128 + number}  # the latter only if no step of its own is lost, see disturb()
 
 
 def stop_twice(trial, process, whole):
@@ -232,7 +229,12 @@ def reader(trial, process, whole):
 
 
 def remove_folder(trial, process, whole):
-    shutil.rmtree(trial.folder / "run", ignore_errors=True)
+    """Set aside first, so that nothing arrives in it while it goes."""
+    run, aside = trial.folder / "run", trial.folder / "aside"
+    if run.exists():
+        run.rename(aside)
+        trial.removed = (aside / whole["final"].name).exists()
+        shutil.rmtree(aside, ignore_errors=True)
     return {0, 1, 2}
 
 
@@ -240,6 +242,17 @@ MISHAPS = {action.__name__.replace("_", " "): action
            for action in (kill, kill, stop, stop, stop, stop_twice, pause, close_output, harmless, cut_shard,
                           spoil_shard, rival, reader, remove_folder)}
 WEIGHTS = [4 if name in ("kill", "stop") else 2 if name == "stop twice" else 1 for name in MISHAPS]
+
+
+def unsaved(before, run):
+    """The last step that the process which has just ended trained and no checkpoint holds. `before`: the log that it
+    found, of which it may have kept less; steps that it repeats took other times."""
+    mine = json_lines(run / "log.jsonl")
+    if mine == before[: len(mine)]:
+        return None
+    steps = [event["step"] for event in mine if event["event"] in ("step", "skip")]
+    saved = whole_checkpoints(run)
+    return steps[-1] if steps and not (saved and saved[-1] >= f"step_{steps[-1]:08d}") else None
 
 
 def limits(trial):
@@ -281,7 +294,8 @@ def disturb(trial, whole, run, command):
         output, stdout = "", subprocess.PIPE
     else:
         stdout = subprocess.DEVNULL
-    trial.log_before = stamp(run / "log.jsonl")
+    trial.removed = False  # whether the last checkpoint was made, and then removed
+    trial.log_before, log = stamp(run / "log.jsonl"), json_lines(run / "log.jsonl")
     at, reached = moment(trial, whole, run)
     data = {path: path.read_bytes() for path in (trial.folder / "data").iterdir()}
     process = trial.start(["sh", "-c", f'{begin}exec "$0" "$@" {output}', *command], stdout)
@@ -305,14 +319,14 @@ def disturb(trial, whole, run, command):
         path.write_bytes(content)
     after = whole_checkpoints(run)
     if name == "remove folder":
-        trial.check(code or whole["final"].name in after, "done, and nothing is there")
+        trial.check(code or trial.removed or whole["final"].name in after, "done, and nothing is there")
         return not alive
     least = min(len(before), whole["keep"]) if whole["keep"] else len(before)
     trial.check(len(after) >= least, f"{len(before)} whole checkpoints before, {len(after)} after")
     trial.check(not before or after[-1] >= before[-1], "the newest checkpoint is gone")
-    if code and name in ("cut shard", "spoil shard"):
-        steps = [event["step"] for event in json_lines(run / "log.jsonl") if event["event"] in ("step", "skip")]
-        trial.check(not steps or (after and after[-1] >= f"step_{steps[-1]:08d}"), "data failed, and steps are lost")
+    if code and name not in ("kill", "stop twice", "limits"):
+        lost = unsaved(log, run)
+        trial.check(lost is None, f"step {lost} is lost")
     if code == 4:
         trial.check(after, "stopped with exit code 4 and no checkpoint")
         trial.check("--resume" in said, "stopped without saying how to go on")
