@@ -170,6 +170,25 @@ TEST_CASE("saving a step again replaces it whole, harmed or not") {
     CHECK(names_in(run.path()) == Names{"step_00000001", "step_00000002"});
 }
 
+TEST_CASE("leftovers of a kill go from a run that has nothing more to save") {
+    ScratchFolder run;
+    save(run.path(), 3);
+    fs::create_directory(run / ".step_00000004.tmp");
+    fs::copy(run / "step_00000003", run / ".step_00000003.old");
+    remove_leftovers(run.path());
+    CHECK(names_in(run.path()) == Names{"step_00000003"});
+
+    // But not the one set aside where the one in its place is harmed or missing.
+    fs::copy(run / "step_00000003", run / ".step_00000003.old");
+    put_file(run / "step_00000003/model.bin", std::string(kModelBytes, 'x'));
+    remove_leftovers(run.path());
+    CHECK(names_in(run.path()) == Names{".step_00000003.old", "step_00000003"});
+    fs::remove_all(run / "step_00000003");
+    remove_leftovers(run.path());
+    CHECK(names_in(run.path()) == Names{"step_00000003"});
+    CHECK(consistent(open_checkpoint(run / "step_00000003")));
+}
+
 TEST_CASE("leftovers of a kill are never read and go with the next save") {
     ScratchFolder run;
     save(run.path(), 1);

@@ -197,6 +197,11 @@ void take_back_set_aside(const std::string& run) {
         if (!exists(final_path(run, step))) rename_path(old_path(run, step), final_path(run, step));
 }
 
+void remove_unfinished(const std::string& run) {
+    take_back_set_aside(run);
+    for (int64_t left : steps_in(run, ".", ".tmp")) remove_quietly(tmp_path(run, left));
+}
+
 void write_parts(const std::string& folder, int64_t step, const std::vector<CheckpointPart>& parts, const json& meta,
                  const std::function<std::string()>& fault) {
     std::error_code error;
@@ -272,8 +277,7 @@ void save_checkpoint(const std::string& run, int64_t step, const std::vector<Che
         sync_folder(parent.empty() ? "." : parent);
     }
     if (error) throw RunFailed("cannot make the run folder " + run + ": " + error.message() + "; check --out");
-    take_back_set_aside(run);
-    for (int64_t left : steps_in(run, ".", ".tmp")) remove_quietly(tmp_path(run, left));
+    remove_unfinished(run);
 
     uint64_t need = kDiskReserve;
     for (const CheckpointPart& part : parts) need += std::min(part.bytes, UINT64_MAX - need);
@@ -295,6 +299,16 @@ void save_checkpoint(const std::string& run, int64_t step, const std::vector<Che
     }
     for (int64_t left : steps_in(run, ".", ".old")) remove_quietly(old_path(run, left));
     if (keep) remove_old_checkpoints(run, step, keep);
+}
+
+void remove_leftovers(const std::string& run) {
+    try {
+        remove_unfinished(run);
+    } catch (const Failure&) {
+        return; // a checkpoint that was set aside is found under its .old name as well
+    }
+    for (int64_t left : steps_in(run, ".", ".old"))
+        if (is_whole(final_path(run, left))) remove_quietly(old_path(run, left));
 }
 
 static void remove_old(const std::string& run, int64_t newest, int64_t keep, int64_t trusted) {

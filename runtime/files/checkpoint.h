@@ -45,6 +45,10 @@ struct Checkpoint {
 void save_checkpoint(const std::string& run, int64_t step, const std::vector<CheckpointPart>& parts,
                      const nlohmann::json& meta, int64_t keep, const std::function<std::string()>& fault = {});
 
+// What a save that was killed has left, as the next save removes it: for a run that has nothing more to save. A
+// checkpoint that was set aside goes only where the one in its place is whole.
+void remove_leftovers(const std::string& run);
+
 // Removes the oldest whole checkpoints until `keep` are left (0 keeps all), `newest` among them, and besides the newest
 // healthy one below `trusted`. Newer ones that are not healthy, from which a resume went back, go as well.
 //

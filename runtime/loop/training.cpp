@@ -127,7 +127,7 @@ std::string Run::fault(const std::string& not_finite) const {
 }
 
 void Run::save() {
-    if (saved_ == step_ && !logged_) return;
+    if (saved_ == step_ && !logged_) return remove_leftovers(options_.out);
     if (!lock_->in_place()) make_folder_again();
     log_->sync();
     json meta = {{"updates", updates_},

@@ -269,6 +269,9 @@ def harmed_files(trial, grounds):
         return
     if how in (gone, folder_there, loop_there, pipe_there) and victim in ("run/options.toml", "run/log.jsonl") and name == "resume":
         if how == gone:
+            if victim == "run/options.toml":  # a checkpoint records the options, but no paths
+                trial.check(code == 2 and "--train" in said, "the paths of the data are not asked for")
+                code, _ = trial.run([*words, *DATA], program)
             trial.check(code == 0, "a run cannot go on without a record that is no part of its state")
         return
     if how is link_there:
@@ -279,7 +282,7 @@ def harmed_files(trial, grounds):
         trial.check(code or "step_00000004" in said or name == "generate", "a harmed checkpoint passes for a whole one")
     if code == 0 and victim.endswith(".bin") or victim.endswith(".safetensors"):
         trial.check(code or how not in (cut, longer, noise, gone, folder_there, loop_there, pipe_there) or
-                    victim.startswith(NEWEST), f"{how.__name__}, and taken without a word")
+                    victim.startswith(NEWEST) or path.name in said, f"{how.__name__}, and taken without a word")
     if how is no_numbers and victim == "weights.bin" and name in ("train", "eval loss"):
         trial.check(code, "weights that are no numbers are taken without a word")
 

@@ -126,6 +126,10 @@ def stamp(path):
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
 
 
+def bytes_of(path):
+    return path.read_bytes() if path.exists() else b""
+
+
 def wait_for(process, reached):
     """Until then, or until the process has ended on its own."""
     give_up = time.monotonic() + 60
@@ -295,7 +299,7 @@ def disturb(trial, whole, run, command):
     else:
         stdout = subprocess.DEVNULL
     trial.removed = False  # whether the last checkpoint was made, and then removed
-    trial.log_before, log = stamp(run / "log.jsonl"), json_lines(run / "log.jsonl")
+    trial.log_before, log, found = stamp(run / "log.jsonl"), json_lines(run / "log.jsonl"), bytes_of(run / "log.jsonl")
     at, reached = moment(trial, whole, run)
     data = {path: path.read_bytes() for path in (trial.folder / "data").iterdir()}
     process = trial.start(["sh", "-c", f'{begin}exec "$0" "$@" {output}', *command], stdout)
@@ -332,11 +336,12 @@ def disturb(trial, whole, run, command):
         trial.check("--resume" in said, "stopped without saying how to go on")
     if code == 0:
         trial.check(whole["final"].name in after, "done without its last checkpoint")
-    for line in (run / "log.jsonl").read_bytes().splitlines(keepends=True) if (run / "log.jsonl").exists() else []:
+    for line in bytes_of(run / "log.jsonl").splitlines(keepends=True):
         try:
             json.loads(line)
         except ValueError:
-            trial.check(not line.endswith(b"\n") and code < 0, f"no line of a log: {line[:80]}")
+            torn = not line.endswith(b"\n") and (code < 0 or found.endswith(line))  # by a kill now, or before it began
+            trial.check(torn, f"no line of a log: {line[:80]}")
     return True
 
 
