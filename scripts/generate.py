@@ -58,8 +58,8 @@ def recorded_tokenizer(run: str) -> str:
 def newest_weights(run: str) -> str:
     """The last weights file of a run's folder, or the file itself."""
     pattern = os.path.join(glob.escape(run), "**", "model.bin")
-    there = [run] if os.path.isfile(run) else sorted(glob.glob(pattern, recursive=True))
-    files = [path for path in there if os.path.isfile(path)]
+    there = [run] if os.path.isfile(run) else glob.glob(pattern, recursive=True)
+    files = sorted(path for path in there if os.path.isfile(path))
     if not files:
         raise Refused(f"{run}: no checkpoint in this folder")
     return files[-1]
@@ -159,7 +159,7 @@ def sample(command: list[str]) -> int:
     said = done.stderr.decode(errors="replace").splitlines()
     if done.returncode:
         why = " ".join(line for line in said if line and not line.startswith("warning: "))
-        complain(why or f"{command[0]} ended by signal {-done.returncode}")
+        complain(why or f"{command[0]} failed without a word (exit status {done.returncode})")
         return done.returncode if done.returncode > 0 else 128 - done.returncode
     sys.stderr.writelines(f"{line}\n" for line in said if line.startswith("warning: the prompt"))
     return 0

@@ -139,7 +139,7 @@ def binary(family, tensors, kind="F32", words=None):
 
 def write_manifest(checkpoint, parts=None, **more):
     """As a trainer does: of the files that are there, or of those given, with a checksum of its compact form."""
-    there = sorted(path for path in checkpoint.glob("*.bin"))
+    there = sorted(checkpoint.glob("*.bin"))
     body = {"format": "longhand checkpoint", "fault": "", "meta": {}, "step": int(re.search(r"\d+", checkpoint.name)[0]),
             "parts": [{"name": path.name, "bytes": path.stat().st_size, "xxh3": xxhash.xxh3_64_hexdigest(path.read_bytes())}
                       for path in there] if parts is None else parts} | more

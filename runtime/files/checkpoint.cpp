@@ -304,11 +304,11 @@ void save_checkpoint(const std::string& run, int64_t step, const std::vector<Che
 void remove_leftovers(const std::string& run) {
     try {
         remove_unfinished(run);
+        for (int64_t left : steps_in(run, ".", ".old"))
+            if (is_whole(final_path(run, left))) remove_quietly(old_path(run, left));
     } catch (const Failure&) {
-        return; // a checkpoint that was set aside is found under its .old name as well
+        // All is saved, so no failure: a checkpoint that was set aside is found under its .old name as well.
     }
-    for (int64_t left : steps_in(run, ".", ".old"))
-        if (is_whole(final_path(run, left))) remove_quietly(old_path(run, left));
 }
 
 static void remove_old(const std::string& run, int64_t newest, int64_t keep, int64_t trusted) {

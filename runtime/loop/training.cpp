@@ -127,7 +127,10 @@ std::string Run::fault(const std::string& not_finite) const {
 }
 
 void Run::save() {
-    if (saved_ == step_ && !logged_) return remove_leftovers(options_.out);
+    if (saved_ == step_ && !logged_) {
+        if (lock_->in_place()) remove_leftovers(options_.out);
+        return;
+    }
     if (!lock_->in_place()) make_folder_again();
     log_->sync();
     json meta = {{"updates", updates_},

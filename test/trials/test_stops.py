@@ -114,7 +114,7 @@ def moment(trial, whole, run):
     if kind == "event":
         count = rng.randrange(1, len(whole["log"]))
         name = whole["log"][count - 1]["event"]
-        return f"after a {name} event", lambda: (stamp(log) != trial.log_before and
+        return f"after a {name} event", lambda: (stamp(log) != trial.stamp_before and
                                                  log.read_bytes().count(b"\n") >= count)
     name = rng.choice([".step_*.tmp", ".step_*.tmp/model.bin", ".step_*.tmp/optimizer.bin", ".step_*.tmp/manifest.json",
                        ".step_*.old", "step_*", "options.toml", "log.jsonl"])
@@ -160,10 +160,13 @@ def kill(trial, process, whole):
 
 def stop(trial, process, whole):
     number = trial.rng.choice(STOPPING)
+    run = trial.folder / "run"
+    begun = own_events(trial.log_before, run) and not (run / whole["final"].name).exists()
     send(trial, process, number)
     trial.tell(f"  {number.name}")
     covered[f"stops: {number.name}"] += 1
-    return {0, 4, -number, 128 + number}  # the latter only if no step of its own is lost, see disturb()
+    # Before it trains, or with nothing left to do, it dies like any program.
+    return {0, 4} if begun else {0, 4, -number, 128 + number}
 
 
 def stop_twice(trial, process, whole):
@@ -248,15 +251,12 @@ MISHAPS = {action.__name__.replace("_", " "): action
 WEIGHTS = [4 if name in ("kill", "stop") else 2 if name == "stop twice" else 1 for name in MISHAPS]
 
 
-def unsaved(before, run):
-    """The last step that the process which has just ended trained and no checkpoint holds. `before`: the log that it
-    found, of which it may have kept less; steps that it repeats took other times."""
+def own_events(before, run):
+    """Of the log what the present process, or the last one, has trained. `before`: the log that it found, of which it may
+    have kept less; steps that it repeats took other times."""
     mine = json_lines(run / "log.jsonl")
-    if mine == before[: len(mine)]:
-        return None
-    steps = [event["step"] for event in mine if event["event"] in ("step", "skip")]
-    saved = whole_checkpoints(run)
-    return steps[-1] if steps and not (saved and saved[-1] >= f"step_{steps[-1]:08d}") else None
+    kept = next((i for i, (now, then) in enumerate(zip(mine, before)) if now != then), min(len(mine), len(before)))
+    return [event for event in mine[kept:] if event["event"] in ("step", "skip", "val", "sample")]
 
 
 def limits(trial):
@@ -299,7 +299,8 @@ def disturb(trial, whole, run, command):
     else:
         stdout = subprocess.DEVNULL
     trial.removed = False  # whether the last checkpoint was made, and then removed
-    trial.log_before, log, found = stamp(run / "log.jsonl"), json_lines(run / "log.jsonl"), bytes_of(run / "log.jsonl")
+    trial.stamp_before, trial.log_before = stamp(run / "log.jsonl"), json_lines(run / "log.jsonl")
+    found = bytes_of(run / "log.jsonl")
     at, reached = moment(trial, whole, run)
     data = {path: path.read_bytes() for path in (trial.folder / "data").iterdir()}
     process = trial.start(["sh", "-c", f'{begin}exec "$0" "$@" {output}', *command], stdout)
@@ -329,8 +330,8 @@ def disturb(trial, whole, run, command):
     trial.check(len(after) >= least, f"{len(before)} whole checkpoints before, {len(after)} after")
     trial.check(not before or after[-1] >= before[-1], "the newest checkpoint is gone")
     if code and name not in ("kill", "stop twice", "limits"):
-        lost = unsaved(log, run)
-        trial.check(lost is None, f"step {lost} is lost")
+        last = max((event["step"] for event in own_events(trial.log_before, run)), default=0)
+        trial.check(last == 0 or (after and after[-1] >= f"step_{last:08d}"), f"step {last} is lost")
     if code == 4:
         trial.check(after, "stopped with exit code 4 and no checkpoint")
         trial.check("--resume" in said, "stopped without saying how to go on")
