@@ -107,7 +107,7 @@ build/$(1)/runtime/cold.o: build/$(1)/cold.cpp
 	@mkdir -p $$(@D)
 	$(CXX) $(CXXFLAGS) $(LONGHAND_FLAGS) $(3) -c $$< -o $$@
 endef
-ASAN_FLAGS = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+ASAN_FLAGS = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=null
 $(eval $(call PRECISION_RULES,fp32,))
 $(eval $(call PRECISION_RULES,bf16,-DPRECISION_BF16=1))
 $(eval $(call PRECISION_RULES,cpu-asan,$$(ASAN_FLAGS)))
@@ -169,8 +169,9 @@ CUDA_RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cpu.cpp,$(wildcard runt
 SIMT = $(filter-out without_simulator,$(basename $(notdir $(wildcard dev/simt/*.cpp))))
 SIMT_TESTS = $(filter-out simt_ladder,$(basename $(notdir $(wildcard test/simt*.cpp))))
 SIMT_FLAGS = -DLONGHAND_SIMT=1 -Idev/simt/include
-SIMT_KERNEL_OPTIMIZE ?= -O2
-SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -g -march=native -Wno-unknown-pragmas -fsanitize=thread \
+# Lines are enough for a report; locals are a quarter of the compiler's time.
+SIMT_KERNEL_OPTIMIZE ?= -O2 -g1
+SIMT_KERNEL_FLAGS = $(SIMT_KERNEL_OPTIMIZE) -march=native -Wno-unknown-pragmas -fsanitize=thread \
 	--param tsan-instrument-func-entry-exit=0 -fno-optimize-sibling-calls -fno-tree-vectorize -fno-tree-slp-vectorize \
 	-fno-store-merging $(FAST_ASSERTS)
 SIMT_LIBS = -lboost_context -ldnnl -fopenmp

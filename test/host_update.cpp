@@ -80,10 +80,13 @@ TEST_CASE("pieces of an update from the host" * doctest::skip(!check::first_seed
         for (StateType type : {StateType::fp32, StateType::bf16, StateType::int8})
             for (bool master : {true, false}) {
                 if (type != StateType::int8 && (check::kSimulated || rule == Rule::lion)) continue;
+                const bool masters = master && sizeof(real) < sizeof(float);
+                if (check::kSimulated && master && !masters) continue; // as without
                 TrainingMemory memory;
                 memory.rule = rule, memory.state = type, memory.master = master;
                 const std::string want = updated(device, memory);
                 for (int where = 1; where < 4; where++) {
+                    if (check::kSimulated && (where & 2) && !masters) continue; // nothing more waits
                     CAPTURE(int(rule));
                     CAPTURE(int(type));
                     CAPTURE(where);

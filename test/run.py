@@ -185,7 +185,7 @@ def nvcc_jobs(tally, assembled, long, known):
         if arch not in known:
             tally.skip(f"this nvcc does not know sm_{arch}")
     if not long:
-        tally.reasons.append("sm_86, sm_89 and sm_120, and sm_80 but for attention (make test-long assembles for them)")
+        tally.reasons.append("sm_86, sm_89 and sm_120; all but attention in bf16 for sm_80 and in fp32 for sm_90a (make test-long assembles them)")
     flags = assemble.nvcc_flags()
     disassembler = sass.find_tool("nvdisasm")
     if not disassembler:
@@ -226,7 +226,7 @@ def nvcc_jobs(tally, assembled, long, known):
                    [CUDA_BUILD] if built else [])
 
     def wanted(source, precision, arch):
-        return long or arch != "80" or precision == "fp32" or source.name.startswith("attention")
+        return long or (precision, arch) in (("bf16", CUDA_ARCH), ("fp32", "80")) or source.name.startswith("attention")
 
     return [job(*each) for each in assemble.jobs(assemble.all_sources(), [arch for arch in archs if arch in known])
             if wanted(*each)]
