@@ -95,7 +95,7 @@ def check_common(complain):
     """The Makefile's COMMON is exactly the sources that are the same in every build; of dev/simt the precision changes nothing."""
     listed = re.search(r"^COMMON = (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1).split()
     for path in sorted((ROOT / "runtime").glob("*/*.cpp")):
-        if path.stem.endswith(("_cpu", "_cuda")):
+        if path.stem.endswith(("_cpu", "_cuda", "_mpi")):
             continue
         name = f"{path.parent.name}/{path.stem}"
         common = any(fnmatch.fnmatch(name, pattern.replace("%", "*")) for pattern in listed)

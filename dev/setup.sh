@@ -10,7 +10,7 @@ case "${1:?build, tools, demo or test}" in
 build) ;;
 tools) packages+=(python3-venv) ;;
 demo) packages+=(python3-venv bible-kjv) ;;
-test) packages+=(python3-venv doctest-dev clang-format libboost-context-dev binutils bible-kjv) ;;
+test) packages+=(python3-venv doctest-dev clang-format libboost-context-dev binutils bible-kjv openmpi-bin libopenmpi-dev) ;;
 *)
     echo "setup.sh: $1: build, tools, demo or test" >&2
     exit 2

@@ -13,5 +13,12 @@ int main(int argc, char** argv) {
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, nullptr);
-    return doctest::Context(argc, argv).run();
+    doctest::Context context(argc, argv);
+    // Of a run of several ranks the first says how many tests passed, the others what failed.
+    for (const char* name : {"OMPI_COMM_WORLD_RANK", "RANK"})
+        if (const char* rank = getenv(name)) {
+            context.setOption("no-colors", true); // mpirun gives its ranks a terminal
+            if (atoi(rank) > 0) context.setOption("minimal", true);
+        }
+    return context.run();
 }

@@ -32,6 +32,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         return "invalid configuration argument";
     case cudaErrorInvalidDevicePointer:
         return "invalid device pointer";
+    case cudaErrorNotReady:
+        return "device not ready";
     case cudaErrorInvalidDevice:
         return "invalid device ordinal";
     case cudaErrorInvalidResourceHandle:

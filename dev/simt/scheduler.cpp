@@ -421,6 +421,8 @@ const char* fault_name(FaultKind kind) {
         return "invalid operand";
     case FaultKind::unordered:
         return "unordered operations";
+    case FaultKind::mismatch:
+        return "mismatched collective";
     }
     return "";
 }

@@ -24,7 +24,8 @@ enum class FaultKind {
     out_of_bounds,     // outside of shared memory, of every device allocation, or in one that was freed
     misaligned,        // an access that is not at a multiple of its size
     invalid,           // an operand that the instruction does not take
-    unordered          // two operations in streams, or of the host, at the same memory, with nothing that orders them
+    unordered,         // two operations in streams, or of the host, at the same memory, with nothing that orders them
+    mismatch           // ranks that call different things of NCCL
 };
 const char* fault_name(FaultKind kind);
 

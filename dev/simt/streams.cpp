@@ -16,6 +16,8 @@
 #include <cstring>
 #include <deque>
 
+#include <unistd.h>
+
 #include "block.h"
 
 namespace {
@@ -94,6 +96,7 @@ struct Machine {
     cudaError_t run_next(Stream& stream);
     cudaError_t run_some();
     cudaError_t finish(const Clock& clock);
+    cudaError_t ask(const Clock& clock); // the same, or cudaErrorNotReady
     void check_order(const Stream& stream, const Given& given);
     void forget();
     void drop_everything();
@@ -159,7 +162,13 @@ cudaError_t Machine::run_next(Stream& stream) {
     const bool finds_out = !alone && !operation.touches;
     if (finds_out) operation.touches = std::make_shared<simt::Touched>();
     try {
-        if (cudaError_t status = operation.work(finds_out ? operation.touches.get() : nullptr)) return status;
+        const cudaError_t status = operation.work(finds_out ? operation.touches.get() : nullptr);
+        if (status == cudaErrorNotReady) {
+            if (finds_out) operation.touches.reset();
+            stream.done = given.number - 1;
+            stream.waiting.push_front(std::move(given));
+        }
+        if (status != cudaSuccess) return status;
         operation.work = nullptr;
         if (!alone) check_order(stream, given);
     } catch (...) {
@@ -183,12 +192,24 @@ cudaError_t Machine::run_some() {
     });
     if (busy.empty()) return cudaSuccess;
     const Stream& chosen = *busy[drawn / 4 % busy.size()];
-    return run_until(chosen.timeline, drawn & 1 ? chosen.given : chosen.done + 1);
+    const cudaError_t status = run_until(chosen.timeline, drawn & 1 ? chosen.given : chosen.done + 1);
+    return status == cudaErrorNotReady ? cudaSuccess : status;
+}
+
+cudaError_t Machine::ask(const Clock& clock) {
+    for (size_t timeline = 1; timeline < clock.size(); timeline++)
+        if (cudaError_t status = run_until(timeline, clock[timeline])) return status;
+    join(host, clock);
+    forget();
+    return cudaSuccess;
 }
 
 cudaError_t Machine::finish(const Clock& clock) {
-    for (size_t timeline = 1; timeline < clock.size(); timeline++)
-        if (cudaError_t status = run_until(timeline, clock[timeline])) return status;
+    for (size_t timeline = 1; timeline < clock.size(); timeline++) {
+        cudaError_t status = cudaSuccess;
+        while ((status = run_until(timeline, clock[timeline])) == cudaErrorNotReady) usleep(50);
+        if (status != cudaSuccess) return status;
+    }
     join(host, clock);
     forget();
     return cudaSuccess;
@@ -386,6 +407,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return simt::wait_for(stream); }
+// What nobody but another process keeps from running is done by then: nothing runs here by itself.
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return machine().ask(machine().stream(stream).clock); }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     Machine& m = machine();
@@ -423,6 +446,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
         *event = {m.before(m.stream(stream))};
     return cudaSuccess;
 }
+cudaError_t cudaEventQuery(cudaEvent_t event) { return machine().ask(event->clock); }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     if (simt::capturing()) return cudaErrorStreamCaptureUnsupported;
     return event->capture ? cudaErrorCapturedEvent : machine().finish(event->clock);

@@ -24,7 +24,8 @@ struct Operation {
     const void* kernel = nullptr;               // if it is one
     bool launch = false;                        // CUDA_LAUNCH_BLOCKING makes it wait for its end
     std::shared_ptr<Touched> touches = nullptr; // what is known before it runs
-    // Adds what it finds out while it runs, unless it is given null.
+    // Adds what it finds out while it runs, unless it is given null. What waits for another process returns
+    // cudaErrorNotReady, and is called again.
     std::function<cudaError_t(Touched*)> work = nullptr;
 };
 

@@ -355,8 +355,14 @@ void Control::serve() {
 
 // The next value of a rank; waiting for it is no progress.
 std::string Control::next_value(std::unique_lock<std::mutex>& lock, Link& link) {
+    constexpr auto kPause = std::chrono::milliseconds(2);
     here_.waiting = true;
-    changed_.wait(lock, [&] { return !link.values.empty() || !failure_.empty() || link.left; });
+    auto ready = [&] { return !link.values.empty() || !failure_.empty() || link.left; };
+    while (!changed_.wait_for(lock, kPause, ready)) {
+        lock.unlock();
+        while_waiting();
+        lock.lock();
+    }
     here_.waiting = false;
     if (!failure_.empty()) throw RunFailed(failure_);
     if (link.values.empty())
@@ -441,6 +447,11 @@ bool Control::tells() const { return launch_.rank == 0 || (launch_.rank == 1 && 
 bool Control::failed() {
     std::lock_guard lock(mutex_);
     return !failure_.empty();
+}
+
+std::string Control::failure() {
+    std::lock_guard lock(mutex_);
+    return failure_;
 }
 
 void Control::check() {

@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -64,7 +65,12 @@ public:
 
     void fail(const std::string& what); // of this rank, to all
     bool failed();
-    void check(); // throws RunFailed once anything has failed
+    void check();          // throws RunFailed once anything has failed
+    bool tells() const;    // whether this rank is the one to print it
+    std::string failure(); // in that line; empty: none yet
+
+    // Called now and then by a main thread that waits for others, here or in Comm.
+    std::function<void()> while_waiting = [] {};
 
 private:
     struct Link;
@@ -96,6 +102,5 @@ private:
     void send_all(char kind, const std::string& text);
     void set_failure(const std::string& what);
     std::string next_value(std::unique_lock<std::mutex>& lock, Link& link);
-    bool tells() const;
     std::string name(int rank) const;
 };
