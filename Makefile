@@ -38,14 +38,17 @@ LIBS = -ldnnl -fopenmp
 TRAINERS = train_gpt2 train_pythia
 # Besides the layers, kernels/ has one source that every build compiles: scratch.cpp.
 LAYERS = embedding layernorm matmul rotary attention gelu classifier accumulate global_norm optimizer
-RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cuda.cpp,$(wildcard runtime/*/*.cpp)))
+# comm_mpi.cpp is a library of its own beside the programs, which those that are one of several ranks load. mpicxx
+# compiles nothing else; where it is missing they say so.
+MPICXX ?= $(shell command -v mpicxx)
+RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cuda.cpp %_mpi.cpp,$(wildcard runtime/*/*.cpp)))
 # The ladder has steps for tensor cores only: its bench is one of the bf16 cuda build's.
 NO_BENCHES = %_cpu.cpp %/main.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cpp)
 # A build's objects are where the least of its flags says: what no precision changes is compiled once, into build/common;
 # what the precision changes but no backend (the rest of runtime/, the trainers, nearly all tests) into build/fp32 and
 # build/bf16; kernels, *_cpu.cpp and *_cuda.cpp into the build's own. cpu-asan has all of its own. Tests of common sources
 # run once. dev/lint.py holds the sources to this.
-COMMON = base/% files/% options/% ranks/% device/host_memory loop/outliers loop/process loop/sampler loop/schedule
+COMMON = base/% files/% options/% ranks/connection ranks/control ranks/launch device/host_memory loop/outliers loop/process loop/sampler loop/schedule
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 PRECISION_OF_cuda = bf16
 PRECISION_OF_cuda-sm90a = bf16
@@ -53,6 +56,7 @@ precision = $(if $(filter %-asan,$(1)),$(1),$(or $(PRECISION_OF_$(1)),$(if $(fil
 home = $(if $(filter %_cpu %_cuda,$(2)),$(1),$(if $(filter %-asan,$(1)),$(1),$(if $(filter $(COMMON),$(2)),common,$(precision))))
 object = build/$(call home,$(1),$(2))/runtime/$(if $(filter $(COLD),$(2)),cold,$(2)).o
 runtime_objects = $(sort $(foreach name,$(2),$(call object,$(1),$(name))))
+mpi = $(if $(MPICXX),$(filter build/cpu/% build/cpu-bf16/%,build/$(1)/comm_mpi.so))
 BENCHES = $(basename $(notdir $(filter-out $(NO_BENCHES),$(wildcard dev/bench/*.cpp))))
 LADDER = $(basename $(notdir $(wildcard dev/ladder/*.cu)))
 
@@ -72,11 +76,11 @@ $(if $(GPU_ARCH),,$(if $(GPU_CAPABILITY),$(warning the GPU has compute capabilit
 BEST_BUILD = $(if $(and $(NVCC),$(GPU_ARCH)),$(CUDA_BUILD),$(CPU_BUILD))
 
 TEST_COMMON = build/common/test/main.o build/common/libtest.a
-.PHONY: all cpu cuda simt demo test test-cpu test-simt test-cuda test-python test-long bench simt-profile lint format clean
-all: $(TRAINERS:%=build/$(BEST_BUILD)/%)
-	@ln -sf $^ .
+.PHONY: all cpu cuda simt demo test test-cpu test-simt test-ranks test-cuda test-python test-long bench simt-profile lint format clean
+all: $(TRAINERS:%=build/$(BEST_BUILD)/%) $(call mpi,$(BEST_BUILD))
+	@ln -sf $(TRAINERS:%=build/$(BEST_BUILD)/%) .
 
-cpu: $(TRAINERS:%=build/$(CPU_BUILD)/%)
+cpu: $(TRAINERS:%=build/$(CPU_BUILD)/%) $(call mpi,$(CPU_BUILD))
 simt: $(TRAINERS:%=build/$(SIMT_BUILD)/%)
 cuda: $(TRAINERS:%=build/$(CUDA_BUILD)/%)
 
@@ -129,6 +133,9 @@ build/$(1)/bench/%.o: dev/bench/%.cpp Makefile
 build/$(1)/liblonghand.a: $(LAYERS:%=build/$(1)/%.o) build/$(precision)/scratch.o $(call runtime_objects,$(1),$(RUNTIME))
 	@rm -f $$@
 	ar rcs $$@ $$^
+build/$(1)/comm_mpi.so: runtime/ranks/comm_mpi.cpp Makefile
+	@mkdir -p $$(@D)
+	$(MPICXX) -std=c++20 -O2 -Wall -Wextra -MMD -MP -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -fPIC -shared $$< -o $$@
 build/$(1)/train_%: build/$(precision)/trainer_%.o build/$(1)/liblonghand.a
 	$(CXX) $(2) $$^ $(LIBS) -o $$@
 build/$(1)/test_%: build/$(precision)/test/%.o $(TEST_COMMON) build/common/without_simulator.o build/$(1)/liblonghand.a
@@ -165,7 +172,7 @@ $(eval $(call CPU_RULES,cpu-asan,$$(ASAN_FLAGS)))
 # are instrumented: every access calls a function of dev/simt/hooks.cpp. No vectors, no merged stores: each access stays
 # as the source has it. No tail calls: a report's line is that of the call's return address.
 KERNELS = $(basename $(notdir $(wildcard kernels/*.cu)))
-CUDA_RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cpu.cpp,$(wildcard runtime/*/*.cpp)))
+CUDA_RUNTIME = $(patsubst runtime/%.cpp,%,$(filter-out %_cpu.cpp %_mpi.cpp,$(wildcard runtime/*/*.cpp)))
 SIMT = $(filter-out without_simulator,$(basename $(notdir $(wildcard dev/simt/*.cpp))))
 SIMT_TESTS = $(filter-out simt_ladder,$(basename $(notdir $(wildcard test/simt*.cpp))))
 SIMT_FLAGS = -DLONGHAND_SIMT=1 -Idev/simt/include
@@ -276,6 +283,9 @@ test-cpu:
 test-simt:
 	@dev/setup.sh test
 	@python3 test/run.py simt
+test-ranks:
+	@dev/setup.sh test
+	@python3 test/run.py ranks
 test-cuda:
 	@dev/setup.sh test
 	@python3 test/run.py nvcc cuda

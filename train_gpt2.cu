@@ -393,10 +393,8 @@ Work Gpt2::work(int64_t B) const {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-void run_gpt2(int argc, char** argv) {
-    Options options = parse_options(argc, argv, kGpt2Family, plan_target);
-    if (options.help) return;
-    Origin<Gpt2Config> origin(options);
+void run_gpt2(Options& options, Ranks& ranks) {
+    Origin<Gpt2Config> origin(options, ranks.first());
     auto make = [&](const Device& device, const Options& o) {
         const Gpt2Config& from = origin.config;
         int64_t T = o.context;
@@ -408,6 +406,8 @@ void run_gpt2(int argc, char** argv) {
     };
     if (plan_memory(options, make)) return;
     Device device(options.threads);
+    const std::unique_ptr<Comm> comm = ranks.connect(device);
+    device.comm = comm.get();
     std::unique_ptr<Gpt2> model = make(device, options);
     check_data(options, *model, origin.start);
     model->allocate();
@@ -420,5 +420,8 @@ void run_gpt2(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    return run_program("train_gpt2", [&] { run_gpt2(argc, argv); });
+    return run_program("train_gpt2", [&] {
+        Options options = parse_options(argc, argv, kGpt2Family, plan_target);
+        if (!options.help) run_ranks(options, kGpt2Family, [&](Ranks& ranks) { run_gpt2(options, ranks); });
+    });
 }

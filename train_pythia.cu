@@ -451,10 +451,8 @@ Work Pythia::work(int64_t B) const {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-void run_pythia(int argc, char** argv) {
-    Options options = parse_options(argc, argv, kPythiaFamily, plan_target);
-    if (options.help) return;
-    Origin<PythiaConfig> origin(options);
+void run_pythia(Options& options, Ranks& ranks) {
+    Origin<PythiaConfig> origin(options, ranks.first());
     auto configure = [&](const Options& o) {
         if (origin.from_scratch()) return config_from_options(o);
         PythiaConfig config = origin.config;
@@ -468,6 +466,8 @@ void run_pythia(int argc, char** argv) {
     if (plan_memory(options, make)) return;
     resolve(options, configure(options));
     Device device(options.threads);
+    const std::unique_ptr<Comm> comm = ranks.connect(device);
+    device.comm = comm.get();
     std::unique_ptr<Pythia> model = make(device, options);
     check_data(options, *model, origin.start);
     model->allocate();
@@ -480,5 +480,8 @@ void run_pythia(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    return run_program("train_pythia", [&] { run_pythia(argc, argv); });
+    return run_program("train_pythia", [&] {
+        Options options = parse_options(argc, argv, kPythiaFamily, plan_target);
+        if (!options.help) run_ranks(options, kPythiaFamily, [&](Ranks& ranks) { run_pythia(options, ranks); });
+    });
 }

@@ -44,8 +44,8 @@ inline Outcome outcome(const Make& make, const golden::Config& c, const Setup& s
     spoil_between_phases(*model);
     auto gradients = [&] {
         model->begin_step(0);
-        model->accumulate(tokens, targets, c.B, factor / 2);
-        model->accumulate(tokens, targets, 1, factor); // fewer sequences than there is room for
+        model->accumulate(tokens, targets, c.B, factor / 2, false);
+        model->accumulate(tokens, targets, 1, factor, true); // fewer sequences than there is room for
         std::vector<std::vector<float>> all;
         for (const Tensor& tensor : model->tensors().list) all.push_back(gradient(tensor));
         model->measure_gradients(1);

@@ -81,7 +81,7 @@ std::vector<int32_t> random_tokens(int64_t count) {
 double loss_of(Gpt2& model, int64_t T) {
     std::vector<int32_t> tokens = random_tokens(T + 1);
     model.begin_step(0);
-    model.accumulate(tokens.data(), tokens.data() + 1, 1, 1.0 / T);
+    model.accumulate(tokens.data(), tokens.data() + 1, 1, 1.0 / T, true);
     return model.loss();
 }
 

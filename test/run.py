@@ -3,7 +3,7 @@
 tested while others compile. Prints the time of each test, what each part took of the processors, and closes with
 `N passed, N failed, N skipped`. Exits 1 if anything failed.
 
-    test/run.py [--long] [PART ...]      parts: common, cpu, cpu-bf16, asan, simt, nvcc, cuda, python (default: all)
+    test/run.py [--long] [PART ...]      parts: common, cpu, cpu-bf16, asan, simt, ranks, nvcc, cuda, python (default: all)
 """
 
 import argparse
@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,15 @@ import assemble  # noqa: E402
 import lint  # noqa: E402
 import sass  # noqa: E402
 
-PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "nvcc", "cuda", "python"]
+PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "ranks", "nvcc", "cuda", "python"]
 # What each part may take of the processors, building and testing, in seconds: together the limit of 15 minutes on two
 # cores. A part that takes more is said at the end.
-SHARES = {"common": 60, "cpu": 240, "cpu-bf16": 240, "asan": 240, "simt": 680, "nvcc": 110, "python": 230}
+SHARES = {"common": 70, "cpu": 160, "cpu-bf16": 180, "asan": 220, "simt": 590, "ranks": 120, "nvcc": 190,
+          "python": 270}
 PYTHON_BUILDS = ["cpu", "cpu-bf16", "simt", "simt-bf16"]  # whose trainers the Python tests run
 TRAINERS = ["train_gpt2", "train_pythia"]
 CUDA_BUILD, CUDA_ARCH = "cuda-sm90a", "90a"  # compiled, its launches' host side too, and linked, GPU or not
+RANKS = [1, 2, 3, 4, 8]
 LONG_SUITE = "long"
 TIMEOUT = 1800  # seconds for one program: a hang is a failure and not an endless test
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -163,8 +166,9 @@ def doctest(part, build, test, long, lock=None, **environment):
 
 def tests():
     """Names of test programs: those of dev/simt, those that run kernels, those of code that is the same in every build,
-    and all others."""
-    names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp") if path.stem != "main")
+    and all others that one process runs."""
+    names = sorted(path.stem for path in (ROOT / "test").glob("*.cpp")
+                   if path.stem != "main" and not path.stem.startswith("ranks_"))
     simulator = [n for n in names if n.startswith("simt")]
     kernels = [n for n in names if n in KERNEL_TESTS or n in DEVICE_ONLY or (ROOT / "kernels" / f"{n}.cu").exists()]
     rest = [n for n in names if n not in simulator and n not in kernels]
@@ -251,15 +255,40 @@ def read_pytest(tally, name, done):
         print((done.stdout + done.stderr)[-8000:], flush=True)
 
 
+def pytest_job(part, file, needs, long, lock=None):
+    command = [str(PYTHON), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", file]
+    command += [] if long else ["-m", "not long"]
+    return Job(part, file, lambda: run(command), read_pytest, needs, lock)
+
+
 def python_jobs(long, lock):
     """pytest for the tools, the scripts and the trainer's command line, each test beside what it tests."""
-    def job(file):
-        command = [str(PYTHON), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", file]
-        command += [] if long else ["-m", "not long"]
-        return Job("python", file, lambda: run(command), read_pytest, PYTHON_BUILDS, lock)
+    files = [path.relative_to(ROOT).as_posix() for folder in ("test", "test/trials", "scripts", "data")
+             for path in sorted((ROOT / folder).glob("test_*.py"))]
+    return [pytest_job("python", file, PYTHON_BUILDS, long, lock) for file in files if file != "test/test_ranks.py"]
 
-    return [job(str(path.relative_to(ROOT))) for folder in ("test", "test/trials", "scripts", "data")
-            for path in sorted((ROOT / folder).glob("test_*.py"))]
+
+def ranks_jobs(tally, long):
+    """Tests that several ranks take part in: in the cpu build over MPI, under dev/simt over its NCCL. (builds, jobs)"""
+    mpi = shutil.which("mpirun") and shutil.which("mpicxx")
+    if not mpi:
+        tally.skip("no mpirun and mpicxx: ranks of the cpu build were not tested")
+    tests = sorted(path.stem for path in (ROOT / "test").glob("ranks_*.cpp"))
+    builds = {f"{build} for ranks": ("ranks", [f"build/{build}/{name}" for name in [f"test_{test}" for test in tests] + TRAINERS])
+              for build in ("cpu", "simt")}
+    if mpi:
+        builds["cpu for ranks"][1].append("build/cpu/comm_mpi.so")
+
+    def job(build, test, ranks, seed=None, *options):
+        program = f"build/{build}/test_{test}"
+        environment = {"OMP_NUM_THREADS": "1", "SIMT_THREADS": "1"} | ({"SIMT_SEED": seed} if seed else {})
+        command = [str(PYTHON), "test/ranks.py", *options, str(ranks), program]
+        name = f"{program} ranks={ranks}" + (f" simt_seed={seed}" if seed else "")
+        return Job("ranks", name, lambda: run(command, **environment), read_doctest, [f"{build} for ranks"])
+
+    jobs = [job("cpu", test, ranks) for test in tests for ranks in RANKS if mpi]
+    jobs += [job("simt", test, ranks, seed, "--without-mpirun") for test in tests for ranks, seed in zip(RANKS, "12312")]
+    return builds, [pytest_job("ranks", "test/test_ranks.py", list(builds), long)] + jobs
 
 
 def plan(tally, parts, long, assembled):
@@ -302,6 +331,10 @@ def plan(tally, parts, long, assembled):
             jobs += nvcc_jobs(tally, assembled, long, known)
             build(CUDA_BUILD, "nvcc", kernels)
             builds[CUDA_BUILD][1].extend(f"build/{CUDA_BUILD}/{name}" for name in TRAINERS + benches())
+    if "ranks" in parts:
+        of_ranks = ranks_jobs(tally, long)
+        builds |= of_ranks[0]
+        jobs += of_ranks[1]
     if "asan" in parts:
         build("cpu-asan", "asan", SANITIZED)
         jobs += [doctest("asan", "cpu-asan", test, long, alone, **one_thread) for test in SANITIZED]

@@ -41,7 +41,7 @@ struct Recorder : Model {
     static uint64_t mix(uint64_t a, uint64_t b) { return (a ^ b) * 0x9E3779B97F4A7C15 + (a >> 7); }
 
     void allocate() override {}
-    void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double) override {
+    void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double, bool) override {
         call();
         for (int64_t i = 0; i < B * kContext; i++) step = mix(mix(step, tokens[i]), targets[i]);
         sum += double(step >> 40);
@@ -51,6 +51,7 @@ struct Recorder : Model {
         for (int64_t i = 0; i < B * kContext; i++) sum += tokens[i] * double(weight >> 40);
     }
     void clear_loss() override { sum = 0; }
+    void sum_loss() override {}
     void begin_step(int64_t number) override { clear_loss(), step = static_cast<uint64_t>(number); }
     void measure_gradients(double) override {}
     void update(const Optimizer&) override { weight = mix(weight, step); }
@@ -111,7 +112,7 @@ int run(const ScratchFolder& folder, const std::string& name, int at, int* calls
         take_stop_signals();
         Options options = options_of(folder, name);
         options.resume = std::filesystem::exists(options.out);
-        const Start start = find_start(options);
+        const Start start = find_start(options, true);
         Device device(this_target());
         Recorder model(at, happens, start.resume.get());
         try {

@@ -54,7 +54,7 @@ inline std::vector<float> gradient(const Tensor& tensor) {
 
 inline void step(Model& model, const golden::Batch& batch, int64_t B) {
     model.begin_step(0);
-    model.accumulate(batch.tokens.data(), batch.targets.data(), B, 1.0 / batch.tokens.size());
+    model.accumulate(batch.tokens.data(), batch.targets.data(), B, 1.0 / batch.tokens.size(), true);
 }
 
 // (B,T,V), token by token through the KV cache, every eighth row and the last by a whole pass that fills the cache anew
@@ -161,7 +161,8 @@ inline void check_repetition(const Make& make, const golden::Config& c) {
     std::unique_ptr<Transformer> whole = made(make, c, c.B), parts = made(make, c, 1), again = made(make, c, c.B);
     step(*whole, batch, c.B);
     parts->begin_step(0);
-    for (int64_t b = 0; b < c.B; b++) parts->accumulate(&batch.tokens[b * c.T], &batch.targets[b * c.T], 1, 1.0 / N);
+    for (int64_t b = 0; b < c.B; b++)
+        parts->accumulate(&batch.tokens[b * c.T], &batch.targets[b * c.T], 1, 1.0 / N, b + 1 == c.B);
     CHECK(std::abs(whole->loss() - parts->loss()) <= 4 * kRealEpsilon * whole->loss());
     step(*again, batch, c.B);
     CHECK(again->loss() == whole->loss());
@@ -194,7 +195,7 @@ inline void check_narrow_gradients(const Make& make, const golden::Config& c) {
     auto gradients = [&](Model& model, int64_t step, int times) {
         model.begin_step(step);
         for (int i = 0; i < times; i++)
-            model.accumulate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / batch.tokens.size());
+            model.accumulate(batch.tokens.data(), batch.targets.data(), c.B, 1.0 / batch.tokens.size(), i + 1 == times);
         std::vector<std::vector<float>> all;
         for (const Tensor& tensor : model.tensors().list) {
             if (tensor.grad) {

@@ -31,7 +31,7 @@ static void measure(const char* state, const char* embeddings) {
     for (int step = 1; step <= 30; step++) {
         const double begin = seconds();
         model.begin_step(step);
-        model.accumulate(tokens.data(), tokens.data() + 1, 4, 1 / 256.0);
+        model.accumulate(tokens.data(), tokens.data() + 1, 4, 1 / 256.0, true);
         model.measure_gradients(1);
         model.grad_norm(); // waits
         const double middle = seconds();

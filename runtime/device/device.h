@@ -16,6 +16,7 @@ struct Device {
     int threads = 0;
     // Matmul rate of this machine and precision, measured at opening: too low where others were busy on it then.
     mutable double peak_flops = 0;
+    class Comm* comm = nullptr; // with the other ranks (ranks/comm.h), whoever opened it; null for one rank
 
     // threads 0: all cores. Says so on stderr if only one thread runs.
     explicit Device(int64_t threads);
@@ -25,6 +26,11 @@ struct Device {
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
 };
+
+// For one of several ranks: of this machine's GPUs the one with this number. Throws BadInput if there are not so many.
+void choose_device(int number);
+// What tells it from all others: a GPU's UUID; empty where ranks share a device, as on a CPU.
+std::string device_identity();
 
 // Throws RunFailed where kernels cannot run: no GPU, or too old a one.
 void check_machine();

@@ -44,6 +44,9 @@ static double measure_peak(Matmul* mm, double (*clock)()) {
     return best;
 }
 
+void choose_device(int) {}
+std::string device_identity() { return ""; }
+
 Target this_target() { return {.cuda = false, .real_bytes = sizeof(real), .threads = omp_get_max_threads()}; }
 
 void check_machine() {}

@@ -116,6 +116,30 @@ struct Staging {
     void wait(int slot) { check_cuda(cudaEventSynchronize(copied[slot]), "waiting for the GPU"); }
 };
 
+#ifdef LONGHAND_SIMT
+void choose_device(int) {}
+std::string device_identity() { return ""; }
+#else
+void choose_device(int number) {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaSuccess && number >= count)
+        throw BadInput("this rank is number " + std::to_string(number) + " of its machine, which has " +
+                       std::to_string(count) + (count == 1 ? " GPU" : " GPUs") + "; start one rank a GPU");
+    check_cuda(cudaSetDevice(number), "choosing this rank's GPU");
+}
+
+std::string device_identity() {
+    const cudaUUID_t uuid = properties().uuid;
+    std::string text;
+    for (const char byte : uuid.bytes) {
+        char digits[3];
+        snprintf(digits, sizeof digits, "%02x", static_cast<unsigned char>(byte));
+        text += digits;
+    }
+    return text;
+}
+#endif
+
 Target this_target() { return {.cuda = true, .real_bytes = sizeof(real), .threads = omp_get_max_threads()}; }
 
 Device::Device(int64_t wanted) {

@@ -289,6 +289,10 @@ void Loader::next(int32_t* inputs, int32_t* targets, int64_t B) {
     }
 }
 
+void Loader::skip(int64_t windows) {
+    for (int64_t i = 0; i < windows; i++) drawn_[furthest_behind()]++;
+}
+
 int64_t Loader::windows_per_epoch() const {
     int64_t windows = 0;
     for (const Windows& source : sources_) windows += source.count();

@@ -72,6 +72,7 @@ public:
     Loader(const std::vector<SourceSpec>& sources, int64_t T, int64_t V, uint64_t seed);
     // inputs (B,T) and targets (B,T).
     void next(int32_t* inputs, int32_t* targets, int64_t B);
+    void skip(int64_t windows);        // as if they had been read
     int64_t windows_per_epoch() const; // all sources together
     const std::vector<Windows>& sources() const { return sources_; }
 

@@ -70,8 +70,9 @@ std::string generate(const Options& options, Model& model, const Text& text, int
     return text.decode(ids);
 }
 
-Validation::Validation(const Options& options, const Model& model)
-    : windows_(options.val, model.context(), model.vocab()), T_(model.context()), B_(options.batch) {
+Validation::Validation(const Options& options, const Model& model, int rank, int ranks)
+    : windows_(options.val, model.context(), model.vocab()), T_(model.context()), B_(options.batch), rank_(rank),
+      ranks_(ranks) {
     count_ = windows_.count();
     if (options.val_tokens) count_ = std::min(count_, std::max<int64_t>(1, options.val_tokens / T_));
     tokens_.resize(B_ * T_);
@@ -80,12 +81,14 @@ Validation::Validation(const Options& options, const Model& model)
 
 double Validation::mean_loss(Model& model, const Pause& pause) {
     model.clear_loss();
-    for (int64_t first = 0; first < count_; first += B_) {
+    for (int64_t turn = 0; turn < count_; turn += B_ * ranks_) {
         pause();
-        int64_t B = std::min(B_, count_ - first);
+        const int64_t first = turn + B_ * rank_, B = std::min(B_, count_ - first);
+        if (B <= 0) continue;
         for (int64_t b = 0; b < B; b++) windows_.read(first + b, &tokens_[b * T_], &targets_[b * T_]);
         model.evaluate(tokens_.data(), targets_.data(), B, 1.0 / (double(count_) * T_));
     }
+    model.sum_loss();
     return model.loss();
 }
 

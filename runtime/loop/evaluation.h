@@ -26,21 +26,21 @@ private:
     int32_t first_;
 };
 
-// Called before each batch of a validation and each token of a sample; may throw.
+// Called before each batch of a validation, on all ranks alike, and each token of a sample; may throw.
 using Pause = std::function<void()>;
 
 // --sample-tokens tokens that go on from --prompt-tokens, drawn from the sample stream of this step.
 std::string generate(const Options& options, Model& model, const Text& text, int64_t step, const Pause& pause);
 
-// Mean loss over the first windows of the validation set, always the same ones.
+// Mean loss over the first windows of the validation set, always the same ones, which are dealt to the ranks.
 class Validation {
 public:
-    Validation(const Options& options, const Model& model);
+    Validation(const Options& options, const Model& model, int rank = 0, int ranks = 1);
     double mean_loss(Model& model, const Pause& pause);
 
 private:
     Windows windows_;
-    int64_t T_, B_, count_;
+    int64_t T_, B_, count_, rank_, ranks_;
     std::vector<int32_t> tokens_, targets_;
 };
 

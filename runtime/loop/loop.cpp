@@ -13,6 +13,7 @@
 #include "../files/run_folder.h"
 #include "../files/shards.h"
 #include "../files/tokenizer.h"
+#include "../ranks/comm.h"
 #include "evaluation.h"
 #include "training.h"
 
@@ -40,10 +41,10 @@ static void open_newest(const std::string& run, Start& start) {
     }
 }
 
-static void find_resumed(const Options& options, Start& start) {
+static void find_resumed(const Options& options, bool lock, Start& start) {
     std::error_code error;
     const bool planned = options.plan || options.plan_json; // writes nothing
-    if (!planned && fs::exists(options.out, error)) start.lock = std::make_shared<RunLock>(options.out, warn);
+    if (lock && !planned && fs::exists(options.out, error)) start.lock = std::make_shared<RunLock>(options.out, warn);
     if (std::optional<Checkpoint> newest = newest_checkpoint(options.out, warn)) {
         start.file.emplace(start.weights = newest->part("model.bin"));
         start.resume = start.origin = std::make_shared<Checkpoint>(std::move(*newest));
@@ -59,10 +60,10 @@ static void find_resumed(const Options& options, Start& start) {
                        ", but no checkpoint is there; bring it back, or start another run with another --out");
 }
 
-Start find_start(const Options& options) {
+Start find_start(const Options& options, bool lock) {
     Start start;
     std::error_code error;
-    if (options.resume) find_resumed(options, start);
+    if (options.resume) find_resumed(options, lock, start);
     if (start.resume || options.init.empty()) return start;
     if (fs::is_directory(options.init, error) && !fs::exists(options.init + "/manifest.json", error)) {
         open_newest(options.init, start);
@@ -164,9 +165,23 @@ void check_data(const Options& options, const Model& model, const Start& start) 
                                "; use shards, --tokenizer and weights of one tokenizer");
 }
 
+void run_ranks(Options& options, const Family& family, const std::function<void(Ranks&)>& body) {
+    const Target target = this_target();
+    const std::string same =
+        std::string(target.cuda ? "cuda " : "cpu ") + kPrecision + "\n" + options_toml(options, family);
+    Ranks::run(same, double(options.timeout), [&](Ranks& ranks) {
+        if (ranks.count() > 1 && (options.plan || options.plan_json || !options.eval.empty()))
+            throw BadInput("--plan and --eval are for one process; this is one of " + std::to_string(ranks.count()) +
+                           " that were started together");
+        options.ranks_here = ranks.on_this_machine();
+        body(ranks);
+    });
+}
+
 static void train(Options& options, const Device& device, Model& model, const Start& start) {
     const std::string& note = options.planned.note;
-    print(STDOUT_FILENO, device_line(device) + "\n" + model.describe() + "\n" + (note.empty() ? "" : note + "\n"));
+    if (!device.comm || device.comm->rank() == 0)
+        print(STDOUT_FILENO, device_line(device) + "\n" + model.describe() + "\n" + (note.empty() ? "" : note + "\n"));
     Run(options, device, model, start).steps();
 }
 

@@ -2,6 +2,7 @@
 // evaluate (evaluation.h). The model itself is all in its trainer.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -10,6 +11,7 @@
 #include "../files/files.h"
 #include "../model/model.h"
 #include "../options/options.h"
+#include "../ranks/ranks.h"
 
 struct Checkpoint;
 class RunLock;
@@ -24,8 +26,11 @@ struct Start {
     std::optional<FileReader> file;
     std::shared_ptr<RunLock> lock; // of --out, if it was there already
 };
-// A resumed run's folder is locked before anything in it is read.
-Start find_start(const Options& options);
+// With `lock` a resumed run's folder is locked before anything in it is read: by the first rank, for all.
+Start find_start(const Options& options, bool lock);
+
+// Runs body() as one of the ranks that the environment names, or alone. All must have been given the same options.
+void run_ranks(Options& options, const Family& family, const std::function<void(Ranks&)>& body);
 
 // Trains as the options say, or evaluates and returns; throws Failure otherwise. Training reads the optimizer's state
 // and the data position from start.resume.
@@ -50,7 +55,7 @@ template <class Config> struct Origin {
     std::optional<FileReader> file;
     FileType type = FileType::fp32;
 
-    explicit Origin(const Options& options) : start(find_start(options)) {
+    Origin(const Options& options, bool lock) : start(find_start(options, lock)) {
         if (from_scratch()) return;
         type = read_config(file.emplace(std::move(*start.file)), config);
         check_vocab(options, config.V, start.weights);

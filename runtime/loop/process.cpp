@@ -86,7 +86,7 @@ int run_program(const char* name, const std::function<void()>& body) {
         check_output();
         return kDone;
     } catch (const Failure& failure) {
-        print_failure(name, failure.what());
+        if (*failure.what()) print_failure(name, failure.what()); // else another rank says it
         return failure.exit_code;
     } catch (const std::filesystem::filesystem_error& error) {
         print_failure(name, explain(error));

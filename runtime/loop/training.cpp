@@ -13,11 +13,12 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 Run::Run(Options& options, const Device& device, Model& model, const Start& start)
-    : options_(options), device_(device), model_(model), text_(options, model), lock_(start.lock),
+    : options_(options), device_(device), comm_(device.comm), rank_(comm_ ? comm_->rank() : 0),
+      ranks_(comm_ ? comm_->ranks() : 1), model_(model), text_(options, model), lock_(start.lock),
       began_(steady_seconds()) {
     int64_t micro = options.batch * model.context();
     options.context = model.context();
-    if (!options.tokens_per_step) options.tokens_per_step = micro;
+    if (!options.tokens_per_step) options.tokens_per_step = micro * ranks_;
     if (!options.train.empty())
         loader_ = std::make_unique<Loader>(parse_sources(options.train), model.context(), model.vocab(), options.seed);
     as_given_ = options; // what is left open of the schedule is for this number of steps alone
@@ -30,16 +31,32 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
     }
     if (options.warmup < 0) options.warmup = options.steps / 100;
     if (options.decay_steps < 0) options.decay_steps = options.steps / 5;
-    if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model);
+    if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model, rank_, ranks_);
     const Checkpoint* from = start.resume.get();
     if (from) resume(*from); // may refuse, so before anything is written
-    open_folder();
-    open_log(from != nullptr);
-    write_options();
+    decided("");             // nobody does
+    if (first()) {
+        open_folder();
+        open_log(from != nullptr);
+        write_options();
+    }
     if (!from) return;
     if (validated_ && sampled_ && (due(options_.save_every) || step_ == options_.steps)) log_save();
-    progress_.say("resumed " + from->path);
+    say("resumed " + from->path);
     warn_of_a_jump(*from);
+}
+
+// What the first rank says; without others what is said.
+std::string Run::decided(const std::string& by_first) const {
+    return comm_ ? comm_->control()->broadcast(by_first) : by_first;
+}
+
+void Run::log(const json& event) {
+    if (log_) log_->write(event);
+}
+
+void Run::say(const std::string& line) {
+    if (first()) progress_.say(line);
 }
 
 void Run::open_folder() {
@@ -81,7 +98,7 @@ void Run::write_options() const {
 
 // A schedule of another length, or of another kind, can be elsewhere at this step than the one that led here.
 void Run::warn_of_a_jump(const Checkpoint& from) const {
-    if (!from.meta.contains("lr") || step_ >= options_.steps) return;
+    if (!first() || !from.meta.contains("lr") || step_ >= options_.steps) return;
     const double before = from.meta.at("lr"), peak = from.meta.at("peak_lr");
     const double after = learning_rate(schedule(), step_);
     // In parts of the peak: another --lr is no surprise. Between two steps of one schedule little changes after warmup.
@@ -114,7 +131,7 @@ void Run::resume(const Checkpoint& from) {
     read_state(device_, FileReader(from.part("optimizer.bin")), model_.tensors());
 }
 
-void Run::log_save() { log_->write({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
+void Run::log_save() { log({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
 
 // What keeps a checkpoint of this moment from being healthy. One unusual step may be the data's; a second, or a loss
 // that is no number, may be the weights'.
@@ -127,10 +144,38 @@ std::string Run::fault(const std::string& not_finite) const {
 }
 
 void Run::save() {
-    if (saved_ == step_ && !logged_) {
-        if (lock_->in_place()) remove_leftovers(options_.out);
+    if (!unsaved()) {
+        if (first() && lock_->in_place()) remove_leftovers(options_.out);
         return;
     }
+    compare_ranks();
+    if (first()) write_checkpoint();
+    decided(""); // it is written
+    saved_ = step_;
+    logged_ = false;
+    remove_old_ = true;
+    if (skips_ || (val_loss_ && std::isfinite(*val_loss_))) remove_old();
+}
+
+// All ranks have made the same updates, and so have the same weights and states to the bit.
+void Run::compare_ranks() {
+    if (!comm_) return;
+    const std::vector<Tensor>& tensors = model_.tensors().list;
+    json own = tensor_hashes(device_, model_.tensors());
+    const std::vector<std::string> all = comm_->control()->gather(own.dump());
+    for (size_t rank = 1; rank < all.size(); rank++) {
+        const json theirs = json::parse(all[rank]);
+        for (size_t i = 0; i < tensors.size(); i++)
+            if (own[i] != theirs.at(i))
+                throw RunFailed("at step " + std::to_string(step_) + " " + tensors[i].name + " of rank " +
+                                std::to_string(rank) +
+                                " is not what it is on rank 0, though both made the same "
+                                "updates: look at the memory and the GPU of that rank's machine; the last whole "
+                                "checkpoint is from before");
+    }
+}
+
+void Run::write_checkpoint() {
     if (!lock_->in_place()) make_folder_again();
     log_->sync();
     json meta = {{"updates", updates_},
@@ -150,16 +195,12 @@ void Run::save() {
         {"model.bin", model_.file_bytes(), [&](FileWriter& file) { not_finite = model_.write_file(file); }},
         {"optimizer.bin", state_bytes(tensors), [&](FileWriter& file) { write_state(device_, file, tensors); }}};
     save_checkpoint(options_.out, step_, parts, meta, 0, [&] { return fault_ = fault(not_finite); });
-    saved_ = step_;
-    logged_ = false;
     log_save();
-    remove_old_ = true;
-    if (skips_ || (val_loss_ && std::isfinite(*val_loss_))) remove_old();
 }
 
 // While updates are skipped, what was saved since the last one is in doubt, and so is what that one made.
 void Run::remove_old() {
-    remove_old_checkpoints(options_.out, saved_, options_.keep, skips_ ? step_ - skips_ : INT64_MAX);
+    if (first()) remove_old_checkpoints(options_.out, saved_, options_.keep, skips_ ? step_ - skips_ : INT64_MAX);
     remove_old_ = false;
 }
 
@@ -179,6 +220,10 @@ void Run::make_folder_again() {
 // The weights of every checkpoint since the last update are those with which these updates were skipped.
 void Run::give_up(const std::string& why) {
     const std::string said = std::to_string(skips_) + " updates in a row were skipped (" + why + ")";
+    if (!first()) { // which says more
+        decided("");
+        throw RunFailed(said);
+    }
     try {
         mark_checkpoints(options_.out, step_ - skips_, said + " after it");
     } catch (const Failure& e) {
@@ -197,28 +242,46 @@ void Run::validate() {
     or_save_first([&] { loss = validation_->mean_loss(model_, [&] { stop_if_asked(); }); });
     logged_ = true;
     val_loss_ = loss;
-    log_->write({{"event", "val"}, {"step", step_}, {"loss", loss}, {"tokens", tokens()}});
+    log({{"event", "val"}, {"step", step_}, {"loss", loss}, {"tokens", tokens()}});
     char line[64];
     snprintf(line, sizeof line, "step %lld: val loss %.4f", static_cast<long long>(step_), loss);
-    progress_.say(line);
+    say(line);
 }
 
 void Run::sample() {
-    std::string text = generate(options_, model_, text_, step_, [&] { stop_if_asked(); });
+    struct Stopped {};
+    std::string text, why;
+    try {
+        auto pause = [&] {
+            pass_on_signals();
+            if (why = reason_to_stop(); !why.empty()) throw Stopped();
+        };
+        if (first()) text = generate(options_, model_, text_, step_, pause);
+    } catch (const Stopped&) {
+    }
+    stop_if(decided(why));
     logged_ = true;
-    log_->write({{"event", "sample"}, {"step", step_}, {"text", text}});
-    progress_.say("step " + std::to_string(step_) + " sample:\n" + text);
+    log({{"event", "sample"}, {"step", step_}, {"text", text}});
+    say("step " + std::to_string(step_) + " sample:\n" + text);
+}
+
+std::string Run::reason_to_stop() const {
+    if (step_ >= options_.steps && validated_ && sampled_) return ""; // done
+    const int own = stop_signal(), signal = own || !comm_ ? own : comm_->control()->stop_requested();
+    if (signal) return std::string("signal ") + strsignal(signal);
+    return options_.max_hours > 0 && steady_seconds() - began_ > options_.max_hours * 3600 ? "--max-hours" : "";
 }
 
 void Run::stop_if_asked() {
     pass_on_signals();
-    std::string why;
-    if (int signal = stop_signal()) why = std::string("signal ") + strsignal(signal);
-    if (options_.max_hours > 0 && steady_seconds() - began_ > options_.max_hours * 3600) why = "--max-hours";
-    const bool done = step_ >= options_.steps && validated_ && sampled_;
-    if (why.empty() || done) return;
+    if (comm_ && stop_signal()) comm_->control()->request_stop(stop_signal());
+    stop_if(decided(first() ? reason_to_stop() : ""));
+}
+
+void Run::stop_if(const std::string& why) {
+    if (why.empty()) return;
     save();
-    log_->write({{"event", "end"}, {"step", step_}, {"reason", why}});
+    log({{"event", "end"}, {"step", step_}, {"reason", why}});
     progress_.finish();
     throw Failure(kStopped, "stopped at step " + std::to_string(step_) + " (" + why + "); go on with: --out " +
                                 options_.out + " --resume");
@@ -229,9 +292,10 @@ void Run::or_save_first(const std::function<void()>& read) {
     try {
         read();
     } catch (const Failure& failure) {
-        if (failure.exit_code == kStopped || step_ == 0) throw;
+        const bool others = comm_ && comm_->control()->failed();
+        if (failure.exit_code == kStopped || step_ == 0 || others || !first()) throw;
         try {
-            save();
+            if (unsaved()) write_checkpoint();
         } catch (const std::exception& error) {
             throw Failure(failure.exit_code, std::string(failure.what()) + " (nor could step " + std::to_string(step_) +
                                                  " be saved: " + error.what() + ")");
@@ -253,15 +317,22 @@ void Run::one_step() {
     int64_t B = options_.batch, T = options_.context, micro_steps = options_.tokens_per_step / (B * T);
     std::vector<int32_t> tokens(B * T), targets(B * T);
     model_.begin_step(step_);
-    for (int64_t i = 0; i < micro_steps; i++) {
+    // Dealt in order. Where the ranks do not divide them, some compute in the last turn what weighs nothing.
+    for (int64_t turn = 0; turn < micro_steps; turn += ranks_) {
         stop_if_asked();
-        or_save_first([&] { loader_->next(tokens.data(), targets.data(), B); });
-        model_.accumulate(tokens.data(), targets.data(), B, 1.0 / options_.tokens_per_step);
+        const int64_t left = std::min<int64_t>(ranks_, micro_steps - turn);
+        or_save_first([&] {
+            loader_->skip(std::min<int64_t>(rank_, left) * B);
+            if (rank_ < left) loader_->next(tokens.data(), targets.data(), B);
+            loader_->skip(std::max<int64_t>(left - rank_ - 1, 0) * B);
+        });
+        model_.accumulate(tokens.data(), targets.data(), B, rank_ < left ? 1.0 / options_.tokens_per_step : 0,
+                          turn + ranks_ >= micro_steps);
     }
     model_.measure_gradients(options_.clip);
     double loss = model_.loss(), norm = model_.grad_norm(), z = 0;
     double lr = learning_rate(schedule(), step_);
-    std::string skip = reason_to_skip(loss, norm, z);
+    const std::string skip = decided(reason_to_skip(loss, norm, z));
     step_++;
     data_["drawn"] = loader_->drawn(); // the rest lists all shards
     validated_ = sampled_ = false;
@@ -279,7 +350,7 @@ void Run::one_step() {
         val_loss_.reset();
         OptimizerCounts counts = model_.counts(); // waits for the update
         double took = steady_seconds() - start;
-        double flops = model_.step_cost(B).flops * micro_steps;
+        double flops = model_.step_cost(B).flops * micro_steps / ranks_;
         double rate = options_.tokens_per_step / took, percent = peak_percent(device_, flops / took);
         json event = {{"event", "step"},
                       {"step", step_},
@@ -292,19 +363,21 @@ void Run::one_step() {
                       {"peak_percent", percent}};
         if (options_.state == "int8") event.update({{"vanished", counts.vanished}, {"saturated", counts.saturated}});
         if (options_.state == "int8" || counts.non_finite) event["non_finite"] = counts.non_finite;
-        log_->write(event);
-        progress_.step({step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
+        log(event);
+        if (first())
+            progress_.step(
+                {step_, options_.steps, loss, lr, norm, rate, percent, took * double(options_.steps - step_)});
     } else {
         skips_++;
         skipped_outlier_ = skip == "outlier";
-        log_->write({{"event", "skip"},
-                     {"step", step_},
-                     {"reason", skip},
-                     {"loss", loss},
-                     {"grad_norm", norm},
-                     {"z", z},
-                     {"non_finite", std::isfinite(norm) ? 0 : model_.non_finite_gradients()}});
-        progress_.say("step " + std::to_string(step_) + ": update skipped, " + skip);
+        log({{"event", "skip"},
+             {"step", step_},
+             {"reason", skip},
+             {"loss", loss},
+             {"grad_norm", norm},
+             {"z", z},
+             {"non_finite", std::isfinite(norm) ? 0 : model_.non_finite_gradients()}});
+        say("step " + std::to_string(step_) + ": update skipped, " + skip);
         if (skips_ >= options_.max_skips) give_up(skip);
     }
 }
@@ -329,11 +402,11 @@ void Run::steps() {
         finish_step();
     }
     save();
-    log_->write({{"event", "end"}, {"step", step_}, {"reason", "done"}});
+    log({{"event", "end"}, {"step", step_}, {"reason", "done"}});
     progress_.finish();
     char memory[32];
     snprintf(memory, sizeof memory, "%.2f GiB", double(peak_resident_bytes()) / (1 << 30));
-    progress_.say("done: " + std::to_string(step_) + " steps, " + format_duration(steady_seconds() - began_) +
-                  ", peak memory " + memory + ", checkpoint " + options_.out + "/" + checkpoint_name(step_));
-    if (!fault_.empty()) warn(checkpoint_name(step_) + " is not healthy: " + fault_);
+    say("done: " + std::to_string(step_) + " steps, " + format_duration(steady_seconds() - began_) + ", peak memory " +
+        memory + ", checkpoint " + options_.out + "/" + checkpoint_name(step_));
+    if (first() && !fault_.empty()) warn(checkpoint_name(step_) + " is not healthy: " + fault_);
 }

@@ -12,12 +12,14 @@
 #include "../files/shards.h"
 #include "../model/model.h"
 #include "../options/options.h"
+#include "../ranks/comm.h"
 #include "evaluation.h"
 #include "loop.h"
 #include "outliers.h"
 #include "schedule.h"
 
-// One run: its position, which a checkpoint holds, and what the habits need.
+// One run: its position, which a checkpoint holds, and what the habits need. Every rank has one; the first alone reads
+// and writes --out, draws samples, prints, and decides what depends on clocks, files or signals.
 class Run {
 public:
     Run(Options& options, const Device& device, Model& model, const Start& start);
@@ -26,13 +28,15 @@ public:
 private:
     Options& options_;
     const Device& device_;
+    Comm* const comm_; // null for one rank
+    const int rank_, ranks_;
     Model& model_;
     Text text_;
     Options as_given_; // the run's, with what is left open of its schedule left so
     std::shared_ptr<RunLock> lock_;
     std::unique_ptr<Loader> loader_;
     std::unique_ptr<Validation> validation_;
-    std::unique_ptr<RunLog> log_;
+    std::unique_ptr<RunLog> log_; // of the first rank
     Progress progress_;
     double began_;
 
@@ -48,6 +52,11 @@ private:
     std::optional<double> val_loss_; // of these weights
     std::string fault_;              // of the checkpoint saved last
 
+    bool first() const { return rank_ == 0; }
+    std::string decided(const std::string& by_first) const;
+    void log(const nlohmann::json& event);
+    void say(const std::string& line);
+    bool unsaved() const { return saved_ != step_ || logged_; }
     bool due(int64_t every) const { return every > 0 && step_ > 0 && step_ % every == 0; }
     void resume(const Checkpoint& from);
     void open_folder();
@@ -60,12 +69,16 @@ private:
     void validate();
     void sample();
     void save();
+    void compare_ranks();
+    void write_checkpoint();
     void remove_old();
     void make_folder_again();
     std::string fault(const std::string& not_finite) const;
     [[noreturn]] void give_up(const std::string& why);
     void log_save();
+    std::string reason_to_stop() const;
     void stop_if_asked();
+    void stop_if(const std::string& why); // there is one
     void or_save_first(const std::function<void()>& read);
     int64_t tokens() const { return step_ * options_.tokens_per_step; }
     Schedule schedule() const {

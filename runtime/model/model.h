@@ -16,14 +16,16 @@ struct Model {
     virtual void allocate() = 0; // before anything else
 
     // Forward and backward over one micro-batch: gradients += factor · d(Σ losses), loss += factor · Σ losses.
-    // tokens, targets (B,T) on the host.
-    virtual void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) = 0;
+    // tokens, targets (B,T) on the host. `last` of its step: then sums over ranks begin as gradients are done.
+    virtual void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor, bool last) = 0;
     // Forward alone: loss += factor · Σ losses.
     virtual void evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) = 0;
     virtual void clear_loss() = 0;
+    virtual void sum_loss() = 0; // over all ranks
     // Clears loss, gradients and counts; the step's number is part of what noise it draws.
     virtual void begin_step(int64_t step) = 0;
-    // Norm of all gradients, and the scale that clips them, both left on the device for update().
+    // Sums loss and gradients over all ranks. Norm of all gradients, and the scale that clips them, both left on the
+    // device for update().
     virtual void measure_gradients(double clip) = 0;
     virtual void update(const Optimizer& options) = 0;
     virtual double loss() = 0;

@@ -67,11 +67,10 @@ size_t Tensors::states_bytes() const {
 
 void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
     memory = chosen;
-    int64_t staged = 0;
     for (const Tensor& t : list) {
         const bool narrow = memory.bf16_grads && t.layers;
         (narrow ? grads_bf16_padded : grads_padded) += round_up(t.count, kTensorUnit);
-        if (narrow) staged += round_up(t.layer_count(), kTensorUnit);
+        if (narrow) staged_padded += round_up(t.layer_count(), kTensorUnit);
     }
     arena.section("parameters");
     arena.place_reals(params, padded, "weights");
@@ -82,7 +81,7 @@ void Tensors::place(Arena& arena, bool training, const TrainingMemory& chosen) {
     arena.section("gradients");
     arena.place(grads, grads_padded, "gradients");
     arena.place(grads_bf16, grads_bf16_padded, "gradients in bf16");
-    arena.place(staging, staged, "gradients of a layer");
+    arena.place(staging, staged_padded, "gradients of a layer");
     arena.section("master weights");
     arena.place(masters, has_masters && !memory.host_master ? padded : 0, "master weights");
     arena.section("optimizer states");
@@ -208,19 +207,25 @@ void WeightsReader::read(const Device& device, Tensor& tensor) {
 
 using Look = std::function<void(const char* piece, size_t bytes)>;
 
-// Memory to a file as it is, a piece at a time, which `look` may see. What `waits` on the host leaves no pages in the
-// process.
-static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes, bool waits,
-                        const Look& look = {}) {
+// Memory as it is, a piece at a time. What `waits` on the host leaves no pages in the process.
+static void look_at(const Device& device, const void* from, size_t bytes, bool waits, const Look& look) {
     std::vector<char> stage(std::min(size_t(kStage) * sizeof(float), bytes));
     for (size_t first = 0; first < bytes; first += stage.size()) {
         size_t n = std::min(stage.size(), bytes - first);
         const char* piece = static_cast<const char*>(from) + first;
         download(device, stage.data(), piece, n);
         if (waits) release_mapped(piece, n);
-        if (look) look(stage.data(), n);
-        file.write(stage.data(), n);
+        look(stage.data(), n);
     }
+}
+
+// The same to a file, and to `look`.
+static void write_bytes(const Device& device, FileWriter& file, const void* from, size_t bytes, bool waits,
+                        const Look& look = {}) {
+    look_at(device, from, bytes, waits, [&](const char* piece, size_t n) {
+        if (look) look(piece, n);
+        file.write(piece, n);
+    });
 }
 
 // An exponent of ones only: Inf or NaN, in a float as in a bf16, whose bits are a float's upper half.
@@ -297,6 +302,20 @@ uint64_t state_bytes(const Tensors& tensors) {
     for (Tensor t : tensors.list)
         for (const StateArray& array : state_arrays(t, tensors.memory.rule)) sum += array.bytes;
     return sum;
+}
+
+std::vector<uint64_t> tensor_hashes(const Device& device, const Tensors& tensors) {
+    std::vector<uint64_t> hashes;
+    for (Tensor t : tensors.list) {
+        std::vector<uint64_t> pieces;
+        auto add = [&](const char* piece, size_t n) { pieces.push_back(bytes_hash(piece, n)); };
+        look_at(device, t.param, t.count * sizeof(real), false, add);
+        if (t.master) look_at(device, t.master, t.count * sizeof(float), t.master_waits, add);
+        for (const StateArray& array : state_arrays(t, tensors.memory.rule))
+            look_at(device, *array.pointer, array.bytes, t.states_wait, add);
+        hashes.push_back(bytes_hash(pieces.data(), pieces.size() * sizeof pieces[0]));
+    }
+    return hashes;
 }
 
 void fill_weights(const Device& device, Tensor& tensor, const std::function<float(int64_t)>& value) {

@@ -51,7 +51,7 @@ struct Tensors {
     bf16* grads_bf16 = nullptr;
     char* states = nullptr;
     // Elements in each run; a tensor begins at a multiple of 64, the gaps stay 0. Gradients are in one of two runs.
-    int64_t padded = 0, grads_padded = 0, grads_bf16_padded = 0;
+    int64_t padded = 0, grads_padded = 0, grads_bf16_padded = 0, staged_padded = 0;
     size_t host_states_bytes = 0, host_masters_bytes = 0;
 
     void add(const std::string& name, TensorKind kind, int64_t count);
@@ -107,6 +107,9 @@ constexpr int32_t kStateMagic = 20261123;
 void write_state(const Device& device, FileWriter& file, const Tensors& tensors);
 void read_state(const Device& device, const FileReader& file, Tensors& tensors);
 uint64_t state_bytes(const Tensors& tensors);
+
+// A hash of each tensor's weights, master weights and states as they are in memory.
+std::vector<uint64_t> tensor_hashes(const Device& device, const Tensors& tensors);
 
 // Sets a tensor's weights from a function of the element's index, on all threads.
 void fill_weights(const Device& device, Tensor& tensor, const std::function<float(int64_t)>& value);

@@ -13,6 +13,7 @@
 #include "../../kernels/layernorm.h"
 #include "../../kernels/matmul.h"
 #include "../base/errors.h"
+#include "../ranks/comm.h"
 #include "host_update.h"
 
 Transformer::Transformer(const Device& device, const ModelSizes& sizes, Tensors tensors, const Anatomy& anatomy,
@@ -127,6 +128,7 @@ void Transformer::end_block(int64_t l, int64_t n, int64_t K, const real* input, 
     const Statistics &mean = last ? meanf_ : mean1_, &rstd = last ? rstdf_ : rstd1_;
     const real *gain = last ? w(anatomy_.lnfw) : w(anatomy_.ln1w, l + 1),
                *bias = last ? w(anatomy_.lnfw + 1) : w(anatomy_.ln1w + 1, l + 1);
+    if (device_.comm) device_.comm->mark();
     residual_layernorm_forward(device_.stream, x(l + 1) + n * C_, next.at(l + 1, n), mean.at(l + 1, n),
                                rstd.at(l + 1, n), input, branch, gain, bias, K, C_);
 }
@@ -171,7 +173,8 @@ Work Transformer::blocks_work(int64_t B, Cost rotary_forward, Cost rotary_backwa
     return work;
 }
 
-void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
+void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor, bool last) {
+    last_ = last;
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
     if (params_.grads_bf16) upload(device_, draw_, &draws_, sizeof draws_);
@@ -190,7 +193,7 @@ void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int6
 // which keeps the device busy for longer than a launch takes, and would only make a graph of 10⁴ to 10⁵ nodes.
 void Transformer::repeat(Recording& recording, int64_t B, double factor, const std::function<void()>& launches) {
     constexpr int64_t kMostTokens = int64_t(1) << 17;
-    if (B * T_ > kMostTokens) return launches();
+    if (B * T_ > kMostTokens || device_.comm) return launches();
     recording.run(device_, {double(B), factor}, launches);
 }
 
@@ -217,6 +220,10 @@ void Transformer::next_logits(const int32_t* tokens, int64_t start, int64_t n, f
 
 void Transformer::clear_loss() { fill_zero(device_, loss_, sizeof(double)); }
 
+void Transformer::sum_loss() {
+    if (device_.comm) device_.comm->wait(device_.comm->all_reduce(loss_, 1));
+}
+
 void Transformer::begin_step(int64_t step) {
     constexpr int kMicroBits = 36; // no step has more micro-batches than tokens
     clear_loss();
@@ -228,6 +235,7 @@ void Transformer::begin_step(int64_t step) {
 
 void Transformer::leave_backward(int64_t l) {
     residuals_.leave_backward(l);
+    if (device_.comm) device_.comm->mark(), sum_layer(l);
     constexpr uint64_t kLayers = uint64_t(1) << 20; // no model has more; the numbers of noise stay below 2^24
     for (size_t i = 0; i < params_.list.size(); i++) {
         const Tensor& t = params_.list[i];
@@ -238,8 +246,27 @@ void Transformer::leave_backward(int64_t l) {
     }
 }
 
+// Gradients in bf16 are summed in float before they are rounded, in every micro-batch: all ranks then round the same
+// sums with the same noise. Others are summed once, while the backward pass goes on.
+void Transformer::sum_layer(int64_t l) {
+    if (params_.grads_bf16)
+        device_.comm->wait(device_.comm->all_reduce(params_.staging, params_.staged_padded));
+    else if (last_)
+        for (const Tensor& t : params_.list)
+            if (t.layers) device_.comm->all_reduce(t.grad + l * t.layer_count(), t.layer_count());
+}
+
+// What has no layers: more is added to the embeddings' until the backward pass has ended.
+void Transformer::sum_gradients() {
+    Comm::Ticket ticket = 0;
+    for (const Tensor& t : params_.list)
+        if (!t.layers) ticket = device_.comm->all_reduce(t.grad, t.count);
+    device_.comm->wait(ticket); // and with it for all before
+}
+
 void Transformer::measure_gradients(double clip) {
     begin(kUpdate);
+    if (device_.comm) sum_loss(), sum_gradients();
     global_norm(device_.stream, norms_, params_.grads, scratch_, params_.grads_padded);
     global_norm(device_.stream, norms_ + 1, params_.grads_bf16, scratch_, params_.grads_bf16_padded);
     combine_norms(device_.stream, norm_, norms_, 2);
@@ -285,6 +312,7 @@ OptimizerCounts Transformer::counts() {
 }
 
 double Transformer::loss() {
+    if (device_.comm) device_.comm->finish();
     double loss;
     download(device_, &loss, loss_, sizeof loss);
     return loss;

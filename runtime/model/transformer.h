@@ -42,9 +42,10 @@ enum class Pass { training, evaluation, sampling };
 
 class Transformer : public Model {
 public:
-    void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
+    void accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor, bool last) override;
     void evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) override;
     void clear_loss() override;
+    void sum_loss() override;
     void begin_step(int64_t step) override;
     void measure_gradients(double clip) override;
     void update(const Optimizer& options) override;
@@ -164,6 +165,7 @@ private:
     double* loss_ = nullptr;
     float *norm_ = nullptr, *norms_ = nullptr, *scale_ = nullptr; // norms_ (2): of float and of bf16 gradients
     OptimizerCounts* counts_ = nullptr;
+    bool last_ = false;        // the micro-batch is its step's last
     uint64_t draws_ = 0;       // micro-batches so far, which number the noise of bf16 gradients
     uint64_t* draw_ = nullptr; // the same on the device, for kernels that are replayed
     std::unique_ptr<HostStore> host_;
@@ -192,4 +194,6 @@ private:
             arena_.place_reals(rows.data, slots * tokens * width, name);
     }
     void losses(int64_t N, double factor, bool gradients);
+    void sum_layer(int64_t l);
+    void sum_gradients();
 };

@@ -178,6 +178,13 @@ std::vector<OptionRow> option_table(const Family& family) {
          {0, 4096},
          "all cores"},
         {run,
+         "timeout",
+         "SECONDS",
+         "with several ranks: end the run when one shows no sign of progress for so long",
+         &O::timeout,
+         free,
+         {1, 1e6}},
+        {run,
          "eval",
          "WHAT",
          "loss (of --init on --val), sample (from --init) or logits (of --init on --prompt-tokens, a line a token): "

@@ -32,7 +32,9 @@ struct Options {
     bool resume = false;
     int64_t steps = -1; // -1: one epoch
     uint64_t seed = 1337;
-    int64_t threads = 0; // 0: all cores
+    int64_t threads = 0;    // 0: all cores
+    int64_t timeout = 600;  // seconds
+    int64_t ranks_here = 1; // that share this machine; no option
     // batch
     int64_t context = 0, batch = 1, tokens_per_step = 0; // context 0: the model's own; tokens_per_step 0: batch·context
     // optimizer

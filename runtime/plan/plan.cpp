@@ -66,8 +66,9 @@ static Limits plan_limits(const Options& options, const Target& target) {
     else if (gpu)
         limits.device = static_cast<int64_t>(gpu->memory);
     else if (target.cuda == this_target().cuda) { // this machine
-        limits.device = static_cast<int64_t>(available_bytes(target.threads));
-        if (target.cuda && !limits.host) limits.host = static_cast<int64_t>(host_available_bytes(target.threads));
+        limits.device = static_cast<int64_t>(available_bytes(target.threads)) / (target.cuda ? 1 : options.ranks_here);
+        if (target.cuda && !limits.host)
+            limits.host = static_cast<int64_t>(host_available_bytes(target.threads)) / options.ranks_here;
     }
     return limits;
 }

@@ -1,0 +1,34 @@
+// A run's ranks as its trainer sees them: who this is, what they exchange, and that a failure of one is told once and
+// ends all. Started alone a process is rank 0 of 1, and nothing is opened.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "../device/device.h"
+#include "comm.h"
+#include "control.h"
+#include "launch.h"
+
+class Ranks {
+public:
+    // By this process's environment (launch.h). body() then does the run. What it throws on one rank ends body() on all
+    // others with RunFailed; rank 0 throws it on, naming the rank, and the others a Failure with no text, which
+    // run_program() does not print.
+    // `options`: what has to be the same on all ranks.
+    static void run(const std::string& options, double timeout, const std::function<void(Ranks&)>& body);
+
+    int rank() const { return launch_.rank; }
+    int count() const { return launch_.ranks; }
+    bool first() const { return launch_.rank == 0; }
+    int on_this_machine() const { return local_; }
+    // The ranks' communication, for device.comm; null for one rank.
+    std::unique_ptr<Comm> connect(const Device& device);
+
+private:
+    explicit Ranks(const std::string& options, double timeout);
+
+    Launch launch_;
+    int local_ = 1;
+    std::unique_ptr<Control> control_;
+};

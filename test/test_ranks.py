@@ -1,0 +1,183 @@
+"""Runs of several ranks against the same run of one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ranks as launcher
+from runs import DONE, ROOT, STOPPED, checkpoints, options, trainer, untimed
+
+OURS = {"OMP_NUM_THREADS": "1", "SIMT_THREADS": "1"}
+
+
+def start(count, args, build="cpu", program="train_gpt2", mpirun=True):
+    """The processes of a run, of which the first ends with its code: mpirun, or the ranks themselves."""
+    command = [str(ROOT / "build" / build / program), *map(str, args)]
+    if mpirun:
+        if not shutil.which("mpirun"):
+            pytest.skip("no mpirun")
+        command, environment = launcher.with_mpirun(count, command)
+        environments = [environment]
+    else:
+        environments = launcher.by_environment(count)
+    return [subprocess.Popen(command, env=os.environ | OURS | each, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE) for each in environments]
+
+
+def finish(processes, code=DONE, timeout=120):
+    said = [process.communicate(timeout=timeout) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return "".join(out for out, _ in said), "".join(err for _, err in said)
+
+
+def run(count, args, code=DONE, **how):
+    return finish(start(count, args, **how), code)
+
+
+def steps(folder, key):
+    return [event[key] for event in untimed(folder) if event["event"] == "step"]
+
+
+def weights(folder, step):
+    raw = (Path(folder) / f"step_{step:08d}" / "model.bin").read_bytes()[1024:]
+    return np.frombuffer(raw, dtype="<f4")
+
+
+CASES = [
+    (2, "train_gpt2", {}), (3, "train_gpt2", {"tokens-per-step": 256}), (4, "train_pythia", {"optimizer": "lion", "lr": 3e-4}),
+    (3, "train_pythia", {"state": "int8", "tokens-per-step": 192}), (2, "train_gpt2", {"grad": "bf16", "state": "int8"}),
+    (2, "train_gpt2", {"batch": 1, "tokens-per-step": 32}),
+]
+
+
+@pytest.mark.parametrize("count, program, changes", CASES)
+def test_several_ranks_do_what_one_does(data, tmp_path, count, program, changes):
+    changes = {"eps": None if "optimizer" in changes else 1e-4, **changes}
+    one = trainer("--out", tmp_path / "one", *options(data, **changes), program=program)
+    assert one.returncode == DONE, one.stderr
+    out, err = run(count, ["--out", tmp_path / "all", *options(data, **changes)], program=program)
+    assert "done: 12 steps" in out and not err, err
+    for key in ("loss", "grad_norm"):
+        want, got = np.array(steps(tmp_path / "one", key)), np.array(steps(tmp_path / "all", key))
+        exact = 2 if changes.get("state") == "int8" else 12  # then rounding turns into codes, and goes on from there
+        rounded = key == "grad_norm" and changes.get("grad") == "bf16"  # once for all ranks, where one rank did it twice
+        np.testing.assert_allclose(got[:exact], want[:exact], rtol=1e-3 if rounded else 2e-5)
+        np.testing.assert_allclose(got, want, rtol=2e-2)
+    assert checkpoints(tmp_path / "one") == checkpoints(tmp_path / "all")
+    assert [e["event"] for e in untimed(tmp_path / "one")] == [e["event"] for e in untimed(tmp_path / "all")]
+    if not changes.get("state") and not changes.get("optimizer"):
+        want, got = weights(tmp_path / "one", 12), weights(tmp_path / "all", 12)
+        assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
+
+
+def test_the_same_run_gives_the_same_bits_and_resumes_on_any_number(data, tmp_path):
+    words = options(data, steps=8)
+    run(4, ["--out", tmp_path / "a", *words])
+    run(4, ["--out", tmp_path / "b", *words])
+    assert (weights(tmp_path / "a", 8) == weights(tmp_path / "b", 8)).all()
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    for count in (1, 3):
+        out = tmp_path / f"on-{count}"
+        run(4, ["--out", out, *options(data, steps=4)])
+        run(count, ["--out", out, "--resume", "--steps", 8], mpirun=count > 1) if count > 1 else trainer("--out", out, "--resume", "--steps", 8)
+        assert steps(out, "step") == list(range(1, 9))
+        np.testing.assert_allclose(steps(out, "loss"), steps(tmp_path / "a", "loss"), rtol=1e-2)
+
+
+def started(folder, step=2):
+    """Waits until a run has logged this step."""
+    for _ in range(600):
+        with_steps = Path(folder) / "log.jsonl"
+        if with_steps.exists() and f'"step":{step}' in with_steps.read_text().replace(" ", ""):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not begin")
+
+
+def processes_of(folder):
+    """The ranks of a run, by rank, whoever started them."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in words and b"train_" in words[0]:
+            rank = next(int(word.split(b"=")[1]) for word in environment
+                        if word.startswith((b"OMPI_COMM_WORLD_RANK=", b"RANK=")))
+            found[rank] = int(path.name)
+    return found
+
+
+WAYS = [("cpu", True), ("simt", True), ("simt", False)]
+
+
+@pytest.mark.parametrize("build, mpirun", WAYS)
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_signal_to_any_rank_stops_all_at_one_step(data, tmp_path, build, mpirun, asked):
+    out = tmp_path / "run"
+    processes = start(3, ["--out", out, *options(data, steps=100000, save_every=0, val=None, sample_every=0)], build, mpirun=mpirun)
+    started(out)
+    os.kill(processes_of(out)[asked], signal.SIGTERM)
+    said = [process.communicate(timeout=60) for process in processes]
+    assert {process.returncode for process in processes} == {STOPPED}, said
+    err = "".join(err for _, err in said)
+    assert err.count("stopped at step") == 1, err
+    assert checkpoints(out) == [f"step_{steps(out, 'step')[-1]:08d}"]
+
+
+def test_usr1_to_mpirun_stops_all(data, tmp_path):
+    out = tmp_path / "run"
+    processes = start(2, ["--out", out, *options(data, steps=100000, save_every=0, val=None, sample_every=0)])
+    started(out)
+    processes[0].send_signal(signal.SIGUSR1)
+    _, err = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == STOPPED and "stopped at step" in err, err
+    assert len(checkpoints(out)) == 1
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_is_named_and_ends_all(data, tmp_path, killed, number):
+    """Without mpirun, which would end the others by itself."""
+    out = tmp_path / "run"
+    words = options(data, steps=100000, save_every=5, keep=1, val=None, sample_every=0)
+    processes = start(3, ["--out", out, *words, "--timeout", 5], "simt", mpirun=False)
+    started(out)
+    os.kill(processes_of(out)[killed], number)
+    begin = time.monotonic()
+    said = [process.communicate(timeout=60)[1] for rank, process in enumerate(processes) if rank != killed]
+    assert time.monotonic() - begin < 30
+    processes[killed].kill()
+    processes[killed].communicate()
+    assert all(process.returncode not in (None, 0) for process in processes)
+    assert sum(f"rank {killed}" in err for err in said) == 1, said
+    resumed = trainer("--out", out, "--resume", "--steps", steps(out, "step")[-1], "--threads", 1)
+    assert resumed.returncode == DONE, resumed.stderr
+
+
+def test_other_options_on_a_rank_are_refused(data, tmp_path):
+    environments = launcher.by_environment(2)
+    words = options(data, steps=2)
+    processes = [subprocess.Popen([ROOT / "build/simt/train_gpt2", "--out", tmp_path / "run", *words, *more], text=True,
+                                  env=os.environ | OURS | each, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for each, more in zip(environments, ([], ["--seed", "7"]))]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all("options" in err and "rank 1" in err for err in said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_is_for_one_process(data, tmp_path):
+    done = trainer("--out", tmp_path / "run", *options(data, steps=0))
+    assert done.returncode == DONE, done.stderr
+    _, err = run(2, ["--init", tmp_path / "run", "--eval", "loss", "--val", data / "val_*.bin", "--context", 32], code=2)
+    assert err.count("--eval are for one process") == 1, err
