@@ -21,6 +21,7 @@ SMALLER = [
     (r"--context 8192", "--context 128"),
     (r"--tokens-per-step 65536", "--tokens-per-step 256"),
     (r" --steps \d+", ""),
+    (r"multi_gpu\.sh 4", "multi_gpu.sh 2"),
     (r"--out runs/(\w+)$", r"--out runs/\1 --steps 2 --sample-tokens 8"),
     (r"--resume$", "--resume --steps 3"),
 ]

@@ -322,6 +322,8 @@ def plan(tally, parts, long, assembled):
         if "python" in parts or (name in parts and name in builds):
             part, targets = builds.get(name, (name.removesuffix("-bf16") if "simt" in name else name, []))
             builds[name] = part, targets + [f"build/{name}/{trainer}" for trainer in TRAINERS]
+            if name == "cpu" and "python" in parts and shutil.which("mpicxx"):
+                builds[name][1].append("build/cpu/comm_mpi.so")
     if "nvcc" in parts:
         nvcc = assemble.find_nvcc()
         known = assemble.known_archs(nvcc) if nvcc else []

@@ -181,3 +181,33 @@ def test_an_evaluation_is_for_one_process(data, tmp_path):
     assert done.returncode == DONE, done.stderr
     _, err = run(2, ["--init", tmp_path / "run", "--eval", "loss", "--val", data / "val_*.bin", "--context", 32], code=2)
     assert err.count("--eval are for one process") == 1, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("mpirun, program", [(True, "build/cpu/train_gpt2"), (False, "build/simt/train_gpt2")])
+def test_the_script_turns_a_stop_into_one_with_a_checkpoint(data, tmp_path, mpirun, program, number):
+    out = tmp_path / "run"
+    environment = os.environ | OURS | ({} if mpirun else {"MPIRUN": ""})
+    if mpirun and not shutil.which("mpirun"):
+        pytest.skip("no mpirun")
+    words = map(str, options(data, steps=100000, save_every=0, val=None, sample_every=0))
+    script = subprocess.Popen(["scripts/multi_gpu.sh", "2", program, "--out", out, *words], cwd=ROOT, env=environment,
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    started(out)
+    os.killpg(script.pid, number)  # as a terminal does
+    _, err = script.communicate(timeout=60)
+    assert script.returncode == STOPPED and err.count("stopped at step") == 1, err
+    assert len(checkpoints(out)) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["2"], ["none", "true"], ["0", "true"], ["2", "no/such/program"]])
+def test_the_script_refuses_what_it_cannot_start(words):
+    done = subprocess.run(["scripts/multi_gpu.sh", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("multi_gpu.sh: ") and done.stderr.count("\n") == 1
+
+
+def test_the_scripts_say_what_they_would_run():
+    for script, words in (("multi_gpu.sh", ["4"]), ("multi_node.sbatch", [])):
+        done = subprocess.run([f"scripts/{script}", *words, "true", "--out", "a b"], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"DRY": "1"})
+        assert done.returncode == 0 and "true --out a\\ b" in done.stdout, done
