@@ -211,3 +211,35 @@ def test_the_scripts_say_what_they_would_run():
         done = subprocess.run([f"scripts/{script}", *words, "true", "--out", "a b"], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"DRY": "1"})
         assert done.returncode == 0 and "true --out a\\ b" in done.stdout, done
+
+
+@pytest.mark.parametrize("what, said", [("init.bin", "other weights or optimizer states of wte than rank 0 at step 0"),
+                                        ("train_0.bin", "other shards for --train than rank 0")])
+def test_other_weights_or_shards_on_a_rank_are_named(data, tmp_path, what, said):
+    """The same relative paths, in a folder of each rank's own."""
+    folders = [tmp_path / "zero", tmp_path / "one"]
+    for folder in folders:
+        folder.mkdir()
+        for seed, name in ((1, "made"), (2, "other")):
+            words = options(data, steps=0, val=None, sample_every=0, seed=seed)
+            assert trainer("--out", folder / name, *words).returncode == DONE
+        shutil.copy(folder / "made/step_00000000/model.bin", folder / "init.bin")
+        shutil.copy(data / "train_0.bin", folder)
+    shutil.copy(folders[1] / "other/step_00000000/model.bin" if what == "init.bin" else data / "train_1.bin", folders[1] / what)
+    words = options(data, model=None, init="init.bin", train="train_0.bin", steps=2, val=None, sample_every=0)
+    processes = [subprocess.Popen([ROOT / "build/simt/train_gpt2", "--out", "run", *words], cwd=folder, text=True,
+                                  env=os.environ | OURS | each, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for each, folder in zip(launcher.by_environment(2), folders)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert sum(said in err for err in errors) == 1 and "rank 1" in errors[0], errors
+    assert not (folders[0] / "run").exists()
+
+
+def test_files_do_not_know_how_many_ranks_wrote_them(data, tmp_path):
+    words = options(data, steps=0)
+    assert trainer("--out", tmp_path / "one", *words).returncode == DONE
+    run(3, ["--out", tmp_path / "three", *words])
+    for part in ("model.bin", "optimizer.bin", "manifest.json"):
+        one, three = (tmp_path / name / "step_00000000" / part for name in ("one", "three"))
+        assert one.read_bytes() == three.read_bytes(), part

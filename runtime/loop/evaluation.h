@@ -37,6 +37,7 @@ class Validation {
 public:
     Validation(const Options& options, const Model& model, int rank = 0, int ranks = 1);
     double mean_loss(Model& model, const Pause& pause);
+    nlohmann::json shards() const { return windows_.shards(); }
 
 private:
     Windows windows_;

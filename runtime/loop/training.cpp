@@ -34,7 +34,8 @@ Run::Run(Options& options, const Device& device, Model& model, const Start& star
     if (!options.val.empty()) validation_ = std::make_unique<Validation>(options, model, rank_, ranks_);
     const Checkpoint* from = start.resume.get();
     if (from) resume(*from); // may refuse, so before anything is written
-    decided("");             // nobody does
+    compare_data();
+    compare_weights();
     if (first()) {
         open_folder();
         open_log(from != nullptr);
@@ -148,7 +149,7 @@ void Run::save() {
         if (first() && lock_->in_place()) remove_leftovers(options_.out);
         return;
     }
-    compare_ranks();
+    compare_weights();
     if (first()) write_checkpoint();
     decided(""); // it is written
     saved_ = step_;
@@ -157,22 +158,42 @@ void Run::save() {
     if (skips_ || (val_loss_ && std::isfinite(*val_loss_))) remove_old();
 }
 
-// All ranks have made the same updates, and so have the same weights and states to the bit.
-void Run::compare_ranks() {
+// What this rank has of something that all must have alike goes to the first, which names who differs and in what.
+void Run::compare(const json& own, const std::function<std::string(const json& theirs)>& difference) const {
     if (!comm_) return;
-    const std::vector<Tensor>& tensors = model_.tensors().list;
-    json own = tensor_hashes(device_, model_.tensors());
     const std::vector<std::string> all = comm_->control()->gather(own.dump());
-    for (size_t rank = 1; rank < all.size(); rank++) {
-        const json theirs = json::parse(all[rank]);
-        for (size_t i = 0; i < tensors.size(); i++)
-            if (own[i] != theirs.at(i))
-                throw RunFailed("at step " + std::to_string(step_) + " " + tensors[i].name + " of rank " +
-                                std::to_string(rank) +
-                                " is not what it is on rank 0, though both made the same "
-                                "updates: look at the memory and the GPU of that rank's machine; the last whole "
-                                "checkpoint is from before");
-    }
+    for (size_t rank = 1; rank < all.size(); rank++) // only rank 0 has them
+        if (const json theirs = json::parse(all[rank]); theirs != own)
+            throw RunFailed("rank " + std::to_string(rank) + " on " + comm_->control()->hellos()[rank].host + " has " +
+                            difference(theirs));
+    decided("");
+}
+
+// Shards by their names, sizes and hashes: each machine may have its own copies.
+void Run::compare_data() const {
+    if (!comm_) return;
+    json own = {{"--train", loader_ ? loader_->state()["sources"] : json()},
+                {"--val", validation_ ? validation_->shards() : json()}};
+    compare(own, [&](const json& theirs) {
+        for (const auto& [option, shards] : own.items())
+            if (theirs.at(option) != shards) return "other shards for " + option + " than rank 0: copy them anew";
+        return std::string();
+    });
+}
+
+// All ranks start from the same weights and make the same updates, and so have the same to the bit.
+void Run::compare_weights() const {
+    if (!comm_) return;
+    const json own = tensor_hashes(device_, model_.tensors());
+    compare(own, [&](const json& theirs) {
+        size_t i = 0;
+        while (theirs.at(i) == own[i]) i++;
+        return "other weights or optimizer states of " + model_.tensors().list[i].name + " than rank 0 at step " +
+               std::to_string(step_) +
+               (saved_ < 0 && !step_ ? ": give all the same --init and the same build"
+                                     : ", after the same updates: look at its machine's memory and GPU; the last whole "
+                                       "checkpoint is from before");
+    });
 }
 
 void Run::write_checkpoint() {

@@ -69,7 +69,10 @@ private:
     void validate();
     void sample();
     void save();
-    void compare_ranks();
+    void compare(const nlohmann::json& own,
+                 const std::function<std::string(const nlohmann::json& theirs)>& difference) const;
+    void compare_data() const;
+    void compare_weights() const;
     void write_checkpoint();
     void remove_old();
     void make_folder_again();

@@ -323,7 +323,7 @@ std::string shown(const std::string& value) { return value.empty() ? "nothing" :
 // decides how sums are rounded.
 bool recorded(const OptionRow& row) {
     static const char* const elsewhere[] = {"init",      "train",   "val",    "tokenizer",  "threads",
-                                            "max-hours", "offload", "memory", "host-memory"};
+                                            "max-hours", "timeout", "offload", "memory", "host-memory"};
     return row.member.index() != 0 && row.scope != OptionScope::command &&
            std::none_of(std::begin(elsewhere), std::end(elsewhere), [&](auto name) { return !strcmp(name, row.name); });
 }
