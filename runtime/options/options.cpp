@@ -322,8 +322,8 @@ std::string shown(const std::string& value) { return value.empty() ? "nothing" :
 // Options of a run that its checkpoints record: neither paths nor what fits a run to a machine, but for what of that
 // decides how sums are rounded.
 bool recorded(const OptionRow& row) {
-    static const char* const elsewhere[] = {"init",      "train",   "val",    "tokenizer",  "threads",
-                                            "max-hours", "timeout", "offload", "memory", "host-memory"};
+    static const char* const elsewhere[] = {"init",      "train",   "val",     "tokenizer", "threads",
+                                            "max-hours", "timeout", "offload", "memory",    "host-memory"};
     return row.member.index() != 0 && row.scope != OptionScope::command &&
            std::none_of(std::begin(elsewhere), std::end(elsewhere), [&](auto name) { return !strcmp(name, row.name); });
 }
