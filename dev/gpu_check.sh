@@ -93,7 +93,8 @@ quick() {
     local essential=(device gelu layernorm matmul attention classifier embedding rotary optimizer_bf16 gpt2 pythia positions
         host_store recording) name
     step build 170 make -k -j"$(nproc)" "build/$build/train_gpt2" "build/$build/train_pythia" \
-        "${essential[@]/#/build/$build/test_}" "build/$build/bench_attention" "build/$build/bench_matmul"
+        "${essential[@]/#/build/$build/test_}" "build/$build/test_ranks_comm" "build/$build/bench_attention" \
+        "build/$build/bench_matmul"
 
     # The CPU build's losses on the same tokens (build/cpu/train_gpt2 with these arguments wrote dev/cpu_losses.json).
     fresh losses repeat-a repeat-b resumed offloaded learns long pythia tied-before tied
@@ -105,6 +106,10 @@ quick() {
         step "test-$name" 60 "build/$build/test_$name" --test-suite-exclude=long &
     done
     few 1
+    # One rank through NCCL, which PyTorch may have brought along.
+    local nccl
+    nccl=$(python3 -c 'import nvidia.nccl as n; print(list(n.__path__)[0] + "/lib")' 2>/dev/null || true)
+    step nccl 60 env RANKS_WITH_LIBRARY=1 LD_LIBRARY_PATH="$nccl:${LD_LIBRARY_PATH-}" "build/$build/test_ranks_comm"
 
     local words=(--model 4,768,12 --context 2048 --batch 4 --schedule constant --warmup 0 --lr 3e-4 --save-every 5 --keep 9)
     run repeat-a 60 train_gpt2 "${words[@]}" --steps 10

@@ -281,7 +281,9 @@ def ranks_jobs(tally, long):
 
     def job(build, test, ranks, seed=None, *options):
         program = f"build/{build}/test_{test}"
-        environment = {"OMP_NUM_THREADS": "1", "SIMT_THREADS": "1"} | ({"SIMT_SEED": seed} if seed else {})
+        environment = {"OMP_NUM_THREADS": "1", "SIMT_THREADS": "1"}
+        if seed:
+            environment |= {"SIMT_SEED": seed, "RANKS_WITH_LIBRARY": "1"}
         command = [str(PYTHON), "test/ranks.py", *options, str(ranks), program]
         name = f"{program} ranks={ranks}" + (f" simt_seed={seed}" if seed else "")
         return Job("ranks", name, lambda: run(command, **environment), read_doctest, [f"{build} for ranks"])

@@ -1,5 +1,5 @@
 // What the ranks of a run exchange: sums of gradients, weights, pieces of a sequence. MPI carries it in the cpu build,
-// NCCL in the cuda build. With one rank neither is loaded, sums are what they were, and copies are made where the two
+// NCCL in the cuda build. One rank by itself loads neither: sums are what they were, and copies are made where the two
 // arrays differ.
 //
 // All ranks call the same functions in the same order with the same counts (send_receive() alone may have its own).
@@ -28,7 +28,7 @@ public:
     using Ticket = int64_t; // the number of the call or mark, from 1 on
 
     // Meets the other ranks and exchanges a first piece with each, so that no connection is made later. control: null
-    // for one rank. Both must outlive it.
+    // for one rank, which then loads no library. Both must outlive it.
     Comm(const Device& device, Control* control);
     ~Comm(); // meets the others again, unless the run has failed
     Comm(const Comm&) = delete;
@@ -94,7 +94,7 @@ private:
     const Device& device_;
     Control* control_;
     Ticket last_ = 0;
-    std::unique_ptr<Library> library_; // null for one rank
+    std::unique_ptr<Library> library_; // null without control_
 
     Ticket begin(const Call& call);
 };

@@ -203,7 +203,7 @@ struct Comm::Library {
 #endif
 
 Comm::Comm(const Device& device, Control* control) : device_(device), control_(control) {
-    if (ranks() == 1) return;
+    if (!control) return;
     library_ = std::make_unique<Library>(*control);
     library_->open();
     // Rings and trees for sums, and a connection to each rank.
