@@ -48,7 +48,7 @@ NO_BENCHES = %_cpu.cpp %/main.cpp $(if $(filter cuda,$(BEST_BUILD)),,%/ladder.cp
 # what the precision changes but no backend (the rest of runtime/, the trainers, nearly all tests) into build/fp32 and
 # build/bf16; kernels, *_cpu.cpp and *_cuda.cpp into the build's own. cpu-asan has all of its own. Tests of common sources
 # run once. dev/lint.py holds the sources to this.
-COMMON = base/% files/% options/% ranks/connection ranks/control ranks/launch device/host_memory loop/outliers loop/process loop/sampler loop/schedule
+COMMON = base/% files/% options/% ranks/connection ranks/control ranks/launch ranks/share device/host_memory loop/outliers loop/process loop/sampler loop/schedule
 TEST_SUPPORT = $(basename $(notdir $(wildcard test/support/*.cpp)))
 PRECISION_OF_cuda = bf16
 PRECISION_OF_cuda-sm90a = bf16

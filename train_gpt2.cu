@@ -394,7 +394,7 @@ Work Gpt2::work(int64_t B) const {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void run_gpt2(Options& options, Ranks& ranks) {
-    Origin<Gpt2Config> origin(options, ranks.first());
+    Origin<Gpt2Config> origin(options, ranks);
     auto make = [&](const Device& device, const Options& o) {
         const Gpt2Config& from = origin.config;
         int64_t T = o.context;
@@ -404,12 +404,14 @@ void run_gpt2(Options& options, Ranks& ranks) {
         if (!T) T = std::max(config.maxT, config.tied);
         return std::make_unique<Gpt2>(device, config, make_setup(o, T));
     };
-    if (plan_memory(options, make)) return;
+    if (ranks.first() && plan_memory(options, make)) return;
+    if (ranks.first() && origin.from_scratch()) options.known_vocab = config_from_options(options).V;
+    share_options(options, kGpt2Family, ranks);
     Device device(options.threads);
     const std::unique_ptr<Comm> comm = ranks.connect(device);
     device.comm = comm.get();
     std::unique_ptr<Gpt2> model = make(device, options);
-    check_data(options, *model, origin.start);
+    if (ranks.first()) check_data(options, *model, origin.start);
     model->allocate();
     if (origin.from_scratch())
         model->init_weights(options.seed);
@@ -420,8 +422,5 @@ void run_gpt2(Options& options, Ranks& ranks) {
 }
 
 int main(int argc, char** argv) {
-    return run_program("train_gpt2", [&] {
-        Options options = parse_options(argc, argv, kGpt2Family, plan_target);
-        if (!options.help) run_ranks(options, kGpt2Family, [&](Ranks& ranks) { run_gpt2(options, ranks); });
-    });
+    return run_program("train_gpt2", [&] { run_ranks(argc, argv, kGpt2Family, plan_target, run_gpt2); });
 }

@@ -452,7 +452,7 @@ Work Pythia::work(int64_t B) const {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void run_pythia(Options& options, Ranks& ranks) {
-    Origin<PythiaConfig> origin(options, ranks.first());
+    Origin<PythiaConfig> origin(options, ranks);
     auto configure = [&](const Options& o) {
         if (origin.from_scratch()) return config_from_options(o);
         PythiaConfig config = origin.config;
@@ -463,13 +463,15 @@ void run_pythia(Options& options, Ranks& ranks) {
         const PythiaConfig config = configure(o);
         return std::make_unique<Pythia>(device, config, make_setup(o, o.context ? o.context : config.maxT));
     };
-    if (plan_memory(options, make)) return;
+    if (ranks.first() && plan_memory(options, make)) return;
+    if (ranks.first() && origin.from_scratch()) options.known_vocab = config_from_options(options).V;
+    share_options(options, kPythiaFamily, ranks);
     resolve(options, configure(options));
     Device device(options.threads);
     const std::unique_ptr<Comm> comm = ranks.connect(device);
     device.comm = comm.get();
     std::unique_ptr<Pythia> model = make(device, options);
-    check_data(options, *model, origin.start);
+    if (ranks.first()) check_data(options, *model, origin.start);
     model->allocate();
     if (origin.from_scratch())
         model->init_weights(options.seed);
@@ -480,8 +482,5 @@ void run_pythia(Options& options, Ranks& ranks) {
 }
 
 int main(int argc, char** argv) {
-    return run_program("train_pythia", [&] {
-        Options options = parse_options(argc, argv, kPythiaFamily, plan_target);
-        if (!options.help) run_ranks(options, kPythiaFamily, [&](Ranks& ranks) { run_pythia(options, ranks); });
-    });
+    return run_program("train_pythia", [&] { run_ranks(argc, argv, kPythiaFamily, plan_target, run_pythia); });
 }

@@ -112,7 +112,7 @@ int run(const ScratchFolder& folder, const std::string& name, int at, int* calls
         take_stop_signals();
         Options options = options_of(folder, name);
         options.resume = std::filesystem::exists(options.out);
-        const Start start = find_start(options, true);
+        const Start start = find_start(options);
         Device device(this_target());
         Recorder model(at, happens, start.resume.get());
         try {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -213,26 +214,39 @@ def test_the_scripts_say_what_they_would_run():
         assert done.returncode == 0 and "true --out a\\ b" in done.stdout, done
 
 
-@pytest.mark.parametrize("what, said", [("init.bin", "other weights or optimizer states of wte than rank 0 at step 0"),
-                                        ("train_0.bin", "other shards for --train than rank 0")])
-def test_other_weights_or_shards_on_a_rank_are_named(data, tmp_path, what, said):
-    """The same relative paths, in a folder of each rank's own."""
+def start_in(folders, words):
+    """A rank in each folder, without mpirun: the same relative paths are files of each rank's own."""
+    return [subprocess.Popen([ROOT / "build/simt/train_gpt2", *map(str, words)], cwd=folder, text=True,
+                             env=os.environ | OURS | each, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for each, folder in zip(launcher.by_environment(len(folders)), folders)]
+
+
+def test_rank_0_alone_reads_and_writes_all_but_shards(data, tmp_path):
     folders = [tmp_path / "zero", tmp_path / "one"]
+    words = options(data, steps=0, val=None, sample_every=0)
+    assert trainer("--out", tmp_path / "made", *words).returncode == DONE
     for folder in folders:
         folder.mkdir()
-        for seed, name in ((1, "made"), (2, "other")):
-            words = options(data, steps=0, val=None, sample_every=0, seed=seed)
-            assert trainer("--out", folder / name, *words).returncode == DONE
-        shutil.copy(folder / "made/step_00000000/model.bin", folder / "init.bin")
         shutil.copy(data / "train_0.bin", folder)
-    shutil.copy(folders[1] / "other/step_00000000/model.bin" if what == "init.bin" else data / "train_1.bin", folders[1] / what)
-    words = options(data, model=None, init="init.bin", train="train_0.bin", steps=2, val=None, sample_every=0)
-    processes = [subprocess.Popen([ROOT / "build/simt/train_gpt2", "--out", "run", *words], cwd=folder, text=True,
-                                  env=os.environ | OURS | each, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                 for each, folder in zip(launcher.by_environment(2), folders)]
+    shutil.copy(tmp_path / "made/step_00000000/model.bin", folders[0] / "init.bin")
+    words = options(data, model=None, init="init.bin", train="train_0.bin", steps=4, save_every=2, val=None, sample_every=0)
+    finish(start_in(folders, ["--out", "run", *words]))
+    shutil.rmtree(folders[0] / "run/step_00000004")
+    (folders[0] / "init.bin").unlink()
+    finish(start_in(folders, ["--out", "run", "--resume"]))
+    assert [path.name for path in folders[1].iterdir()] == ["train_0.bin"]
+    assert steps(folders[0] / "run", "step") == [1, 2, 3, 4]
+
+
+def test_other_shards_on_a_rank_are_named(data, tmp_path):
+    folders = [tmp_path / "zero", tmp_path / "one"]
+    for folder, shard in zip(folders, ("train_0.bin", "train_1.bin")):
+        folder.mkdir()
+        shutil.copy(data / shard, folder / "train.bin")
+    processes = start_in(folders, ["--out", "run", *options(data, train="train.bin", steps=2, val=None, sample_every=0)])
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], errors
-    assert sum(said in err for err in errors) == 1 and "rank 1" in errors[0], errors
+    assert "rank 1" in errors[0] and "other shards for --train than rank 0" in errors[0] and not errors[1], errors
     assert not (folders[0] / "run").exists()
 
 
@@ -243,3 +257,49 @@ def test_files_do_not_know_how_many_ranks_wrote_them(data, tmp_path):
     for part in ("model.bin", "optimizer.bin", "manifest.json"):
         one, three = (tmp_path / name / "step_00000000" / part for name in ("one", "three"))
         assert one.read_bytes() == three.read_bytes(), part
+
+
+TIMEOUT = 5  # seconds without a sign of progress
+GRACE = 10  # Control::kGrace
+
+
+def lose_one(data, folder, number):
+    """Kills or stops a random rank at a random moment; what is wrong with what the others did, or nothing."""
+    rng = random.Random(number)
+    count, killed = rng.choice([2, 3, 4]), rng.choice([signal.SIGKILL] * 3 + [signal.SIGSTOP])
+    build, mpirun = rng.choice([("cpu", True), ("simt", False)])
+    words = options(data, steps=100000, save_every=rng.choice([1, 3]), keep=2, val_every=5, sample_every=4)
+    processes = start(count, ["--out", folder, *words, "--timeout", TIMEOUT], build, mpirun=mpirun)
+    end = time.monotonic() + rng.choice([1, 4]) * rng.random()
+    found = {}
+    while time.monotonic() < end or len(found) < count:
+        found = processes_of(folder)
+        time.sleep(0.01)
+    lost = rng.randrange(count)
+    os.kill(found[lost], killed)
+    begin = time.monotonic()
+    said = [p.communicate(timeout=120)[1] for rank, p in enumerate(processes) if mpirun or rank != lost]
+    took = time.monotonic() - begin
+    if not mpirun:
+        processes[lost].kill()
+        processes[lost].communicate()
+    what = f"number {number}: {killed.name} to rank {lost} of {count}, {build}, after {took:.1f} s: {said}"
+    if any(process.returncode == 0 for process in processes):
+        return f"exit 0; {what}"
+    if took > 2 * TIMEOUT + GRACE:
+        return f"waited too long; {what}"
+    if not any(f"rank {lost}" in err for err in said):
+        return f"not named; {what}"
+    if list(Path(folder).glob("step_*")):
+        last = max(int(name[5:]) for name in checkpoints(folder))
+        resumed = trainer("--out", folder, "--resume", "--steps", last + 2, "--threads", 1)
+        if resumed.returncode != DONE:
+            return f"not resumed: {resumed.stderr}; {what}"
+    return None
+
+
+@pytest.mark.long
+def test_ranks_that_are_lost_at_any_moment(data, tmp_path):
+    first = int(os.environ.get("SEED", "0"))
+    wrong = [lose_one(data, tmp_path / str(number), number) for number in range(first, first + int(os.environ.get("TRIALS", 40)))]
+    assert not any(wrong), "\n".join(filter(None, wrong))

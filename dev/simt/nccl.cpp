@@ -85,6 +85,10 @@ struct Running {
     std::thread thread;
     std::atomic<bool> done = false;
     std::exception_ptr error;
+
+    ~Running() {
+        if (thread.joinable()) thread.join();
+    }
 };
 
 } // namespace

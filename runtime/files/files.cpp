@@ -112,24 +112,29 @@ FileReader::FileReader(const std::string& path) : path_(path) {
     fd_ = std::exchange(file.fd, -1);
 }
 
+FileReader::FileReader(const std::string& path, size_t size, Source source)
+    : path_(path), size_(size), source_(std::move(source)) {}
+
 FileReader::~FileReader() {
     if (fd_ >= 0) close(fd_);
 }
 
 FileReader::FileReader(FileReader&& other) noexcept
     : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), size_(std::exchange(other.size_, 0)),
-      modified_(other.modified_) {}
+      modified_(other.modified_), source_(std::move(other.source_)) {}
 
 FileReader& FileReader::operator=(FileReader&& other) noexcept {
     std::swap(path_, other.path_);
     std::swap(fd_, other.fd_);
     std::swap(size_, other.size_);
     std::swap(modified_, other.modified_);
+    std::swap(source_, other.source_);
     return *this;
 }
 
 void FileReader::read(size_t offset, void* to, size_t bytes) const {
     check_range(path_, size_, offset, bytes);
+    if (source_) return source_(offset, to, bytes);
     for (size_t done = 0; done < bytes;) {
         ssize_t got = retried([&] {
             return pread(fd_, static_cast<char*>(to) + done, std::min(bytes - done, kLargestCall),

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,7 +19,11 @@ constexpr size_t kHeaderBytes = sizeof(Header);
 // Move-only.
 class FileReader {
 public:
+    // What read() asks for, where somebody else has the file.
+    using Source = std::function<void(size_t offset, void* to, size_t bytes)>;
+
     explicit FileReader(const std::string& path);
+    FileReader(const std::string& path, size_t size, Source source);
     ~FileReader();
     FileReader(FileReader&& other) noexcept;
     FileReader& operator=(FileReader&& other) noexcept;
@@ -38,6 +43,7 @@ private:
     int fd_ = -1;
     size_t size_ = 0;
     int64_t modified_ = 0;
+    Source source_;
 };
 
 // A small file in memory, whose bytes are taken with checked bounds. Throws BadInput as read_small_file() does.

@@ -1,6 +1,7 @@
 #include "loop.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <utility>
 
@@ -14,7 +15,9 @@
 #include "../files/shards.h"
 #include "../files/tokenizer.h"
 #include "../ranks/comm.h"
+#include "../ranks/share.h"
 #include "evaluation.h"
+#include "process.h"
 #include "training.h"
 
 namespace fs = std::filesystem;
@@ -41,10 +44,10 @@ static void open_newest(const std::string& run, Start& start) {
     }
 }
 
-static void find_resumed(const Options& options, bool lock, Start& start) {
+static void find_resumed(const Options& options, Start& start) {
     std::error_code error;
     const bool planned = options.plan || options.plan_json; // writes nothing
-    if (lock && !planned && fs::exists(options.out, error)) start.lock = std::make_shared<RunLock>(options.out, warn);
+    if (!planned && fs::exists(options.out, error)) start.lock = std::make_shared<RunLock>(options.out, warn);
     if (std::optional<Checkpoint> newest = newest_checkpoint(options.out, warn)) {
         start.file.emplace(start.weights = newest->part("model.bin"));
         start.resume = start.origin = std::make_shared<Checkpoint>(std::move(*newest));
@@ -60,10 +63,10 @@ static void find_resumed(const Options& options, bool lock, Start& start) {
                        ", but no checkpoint is there; bring it back, or start another run with another --out");
 }
 
-Start find_start(const Options& options, bool lock) {
+Start find_start(const Options& options) {
     Start start;
     std::error_code error;
-    if (options.resume) find_resumed(options, lock, start);
+    if (options.resume) find_resumed(options, start);
     if (start.resume || options.init.empty()) return start;
     if (fs::is_directory(options.init, error) && !fs::exists(options.init + "/manifest.json", error)) {
         open_newest(options.init, start);
@@ -75,6 +78,29 @@ Start find_start(const Options& options, bool lock) {
         start.weights = start.origin->part("model.bin");
     }
     start.file.emplace(start.weights);
+    return start;
+}
+
+Start find_start(const Options& options, Ranks& ranks) {
+    Start start;
+    if (ranks.first()) start = find_start(options);
+    if (!ranks.control()) return start;
+    json found;
+    if (ranks.first()) {
+        found = {{"weights", start.weights}, {"resume", start.resume != nullptr}, {"file", start.file.has_value()}};
+        if (const Checkpoint* origin = start.origin.get())
+            found["origin"] = {origin->path, origin->step, origin->meta, origin->fault};
+    }
+    found = json::parse(ranks.control()->broadcast(found.dump()));
+    if (!ranks.first()) {
+        start.weights = found.at("weights");
+        if (found.contains("origin")) {
+            const json& origin = found["origin"];
+            start.origin = std::make_shared<Checkpoint>(Checkpoint{origin[0], origin[1], origin[2], origin[3]});
+        }
+        if (found.at("resume")) start.resume = start.origin;
+    }
+    if (found.at("file")) start.file = share_reader(*ranks.control(), std::move(start.file));
     return start;
 }
 
@@ -97,7 +123,7 @@ static std::vector<std::string> matches(const std::string& glob) {
 }
 
 int64_t choose_vocab(const Options& options, int64_t family_vocab) {
-    if (options.vocab) return options.vocab;
+    if (options.vocab || options.known_vocab) return options.vocab ? options.vocab : options.known_vocab;
     if (!options.tokenizer.empty()) return Tokenizer(options.tokenizer).size();
     for (const std::string& glob : data_globs(options))
         for (const std::string& shard : matches(glob))
@@ -165,17 +191,41 @@ void check_data(const Options& options, const Model& model, const Start& start) 
                                "; use shards, --tokenizer and weights of one tokenizer");
 }
 
-void run_ranks(Options& options, const Family& family, const std::function<void(Ranks&)>& body) {
-    const Target target = this_target();
-    const std::string same =
-        std::string(target.cuda ? "cuda " : "cpu ") + kPrecision + "\n" + options_toml(options, family);
-    Ranks::run(same, double(options.timeout), [&](Ranks& ranks) {
+// --timeout of the command line, before anything is parsed: ranks may be lost while rank 0 does that.
+static double first_timeout(int argc, char** argv) {
+    const std::string name = "--timeout";
+    double seconds = double(Options().timeout);
+    for (int i = 1; i < argc; i++) {
+        const std::string word = argv[i];
+        if (word == name && i + 1 < argc) seconds = std::atof(argv[i + 1]);
+        if (word.rfind(name + "=", 0) == 0) seconds = std::atof(word.c_str() + name.size() + 1);
+    }
+    return seconds >= 1 ? seconds : double(Options().timeout);
+}
+
+void run_ranks(int argc, char** argv, const Family& family, TargetOf target,
+               const std::function<void(Options&, Ranks&)>& body) {
+    std::string same = std::string(this_target().cuda ? "cuda " : "cpu ") + kPrecision;
+    for (int i = 1; i < argc; i++) same += std::string(1, '\0') + argv[i];
+    auto tell = [&](const std::string& line) { print_failure(family.program, line); };
+    Ranks::run(same, first_timeout(argc, argv), tell, [&](Ranks& ranks) {
+        Options options;
+        if (ranks.first()) options = parse_options(argc, argv, family, target);
+        if (ranks.control()) options.help = ranks.control()->broadcast(options.help ? "help" : "") == "help";
+        if (options.help) return;
         if (ranks.count() > 1 && (options.plan || options.plan_json || !options.eval.empty()))
             throw BadInput("--plan and --eval are for one process; this is one of " + std::to_string(ranks.count()) +
                            " that were started together");
         options.ranks_here = ranks.on_this_machine();
-        body(ranks);
+        body(options, ranks);
     });
+}
+
+void share_options(Options& options, const Family& family, Ranks& ranks) {
+    if (!ranks.control()) return;
+    const std::string message = ranks.control()->broadcast(ranks.first() ? options_message(options, family) : "");
+    if (!ranks.first()) options = options_from_message(message, family);
+    ranks.control()->set_timeout(double(options.timeout));
 }
 
 static void train(Options& options, const Device& device, Model& model, const Start& start) {

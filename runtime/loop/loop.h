@@ -16,8 +16,8 @@
 struct Checkpoint;
 class RunLock;
 
-// Where a run's weights come from: the checkpoint that --resume found, the file that --init names (in a run folder its
-// newest whole checkpoint), or neither: from scratch.
+// Where a run's weights come from, as rank 0 finds it: the checkpoint that --resume found, the file that --init names
+// (in a run folder its newest whole checkpoint), or neither: from scratch.
 struct Start {
     std::shared_ptr<const Checkpoint> resume; // or null
     std::shared_ptr<const Checkpoint> origin; // that the weights are of, or null
@@ -26,11 +26,16 @@ struct Start {
     std::optional<FileReader> file;
     std::shared_ptr<RunLock> lock; // of --out, if it was there already
 };
-// With `lock` a resumed run's folder is locked before anything in it is read: by the first rank, for all.
-Start find_start(const Options& options, bool lock);
+// A resumed run's folder is locked before anything in it is read.
+Start find_start(const Options& options);
+// The same on all ranks: rank 0 finds it, and reads its file for the others.
+Start find_start(const Options& options, Ranks& ranks);
 
-// Runs body() as one of the ranks that the environment names, or alone. All must have been given the same options.
-void run_ranks(Options& options, const Family& family, const std::function<void(Ranks&)>& body);
+// Parses the command line and runs body() as one of the ranks that the environment names, or alone. All ranks must have
+// the same command line, which rank 0 alone parses: the others have no options until share_options().
+void run_ranks(int argc, char** argv, const Family& family, TargetOf target,
+               const std::function<void(Options&, Ranks&)>& body);
+void share_options(Options& options, const Family& family, Ranks& ranks); // rank 0's
 
 // Trains as the options say, or evaluates and returns; throws Failure otherwise. Training reads the optimizer's state
 // and the data position from start.resume.
@@ -55,10 +60,10 @@ template <class Config> struct Origin {
     std::optional<FileReader> file;
     FileType type = FileType::fp32;
 
-    Origin(const Options& options, bool lock) : start(find_start(options, lock)) {
+    Origin(const Options& options, Ranks& ranks) : start(find_start(options, ranks)) {
         if (from_scratch()) return;
         type = read_config(file.emplace(std::move(*start.file)), config);
-        check_vocab(options, config.V, start.weights);
+        if (ranks.first()) check_vocab(options, config.V, start.weights);
     }
     bool from_scratch() const { return start.weights.empty(); }
 };

@@ -56,12 +56,6 @@ void prepare_process(int, char** argv, char** environment) {
 
 [[gnu::section(".preinit_array"), gnu::used]] void (*const preparation)(int, char**, char**) = prepare_process;
 
-// One line, whatever a value quoted in the message holds.
-void print_failure(const char* name, std::string what) {
-    std::replace(what.begin(), what.end(), '\n', ' ');
-    print(STDERR_FILENO, std::string(name) + ": " + what + "\n");
-}
-
 // What could not be printed of an evaluation, a plan or the help is a failure; a training run prints by print().
 void check_output() {
     if (fflush(stdout) != 0) throw RunFailed(std::string("cannot write to standard output: ") + strerror(errno));
@@ -77,6 +71,13 @@ std::string explain(const std::filesystem::filesystem_error& error) {
 
 } // namespace
 
+// One line, whatever a value quoted in the message holds.
+void print_failure(const std::string& name, std::string what) {
+    if (what.empty()) return; // another rank says it
+    std::replace(what.begin(), what.end(), '\n', ' ');
+    print(STDERR_FILENO, name + ": " + what + "\n");
+}
+
 int run_program(const char* name, const std::function<void()>& body) {
     signal(SIGPIPE, SIG_IGN); // a reader that has gone is a write error, which ends no training
     signal(SIGXFSZ, SIG_IGN); // and a limit on file sizes one that names the file, like a full disk
@@ -86,7 +87,7 @@ int run_program(const char* name, const std::function<void()>& body) {
         check_output();
         return kDone;
     } catch (const Failure& failure) {
-        if (*failure.what()) print_failure(name, failure.what()); // else another rank says it
+        print_failure(name, failure.what());
         return failure.exit_code;
     } catch (const std::filesystem::filesystem_error& error) {
         print_failure(name, explain(error));

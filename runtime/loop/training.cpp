@@ -8,14 +8,15 @@
 
 #include "../base/errors.h"
 #include "../base/signals.h"
+#include "../ranks/share.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
 
 Run::Run(Options& options, const Device& device, Model& model, const Start& start)
     : options_(options), device_(device), comm_(device.comm), rank_(comm_ ? comm_->rank() : 0),
-      ranks_(comm_ ? comm_->ranks() : 1), model_(model), text_(options, model), lock_(start.lock),
-      began_(steady_seconds()) {
+      ranks_(comm_ ? comm_->ranks() : 1), model_(model), lock_(start.lock), began_(steady_seconds()) {
+    if (first()) text_.emplace(options, model);
     int64_t micro = options.batch * model.context();
     options.context = model.context();
     if (!options.tokens_per_step) options.tokens_per_step = micro * ranks_;
@@ -129,7 +130,10 @@ void Run::resume(const Checkpoint& from) {
     validated_ = meta.value("validated", true);
     sampled_ = meta.value("sampled", true);
     if (loader_ && meta.contains("loader")) loader_->restore(meta.at("loader")); // a run of no steps had no data
-    read_state(device_, FileReader(from.part("optimizer.bin")), model_.tensors());
+    std::optional<FileReader> file;
+    if (first()) file.emplace(from.part("optimizer.bin"));
+    if (comm_) file = share_reader(*comm_->control(), std::move(file));
+    read_state(device_, *file, model_.tensors());
 }
 
 void Run::log_save() { log({{"event", "save"}, {"step", step_}, {"path", checkpoint_name(step_)}}); }
@@ -277,7 +281,7 @@ void Run::sample() {
             pass_on_signals();
             if (why = reason_to_stop(); !why.empty()) throw Stopped();
         };
-        if (first()) text = generate(options_, model_, text_, step_, pause);
+        if (first()) text = generate(options_, model_, *text_, step_, pause);
     } catch (const Stopped&) {
     }
     stop_if(decided(why));

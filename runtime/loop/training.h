@@ -31,12 +31,12 @@ private:
     Comm* const comm_; // null for one rank
     const int rank_, ranks_;
     Model& model_;
-    Text text_;
+    std::optional<Text> text_;
     Options as_given_; // the run's, with what is left open of its schedule left so
     std::shared_ptr<RunLock> lock_;
     std::unique_ptr<Loader> loader_;
     std::unique_ptr<Validation> validation_;
-    std::unique_ptr<RunLog> log_; // of the first rank
+    std::unique_ptr<RunLog> log_; // of the first rank, as text_ and lock_ are
     Progress progress_;
     double began_;
 

@@ -457,6 +457,23 @@ std::map<std::string, std::string> recorded_options(const Options& options, cons
     return record;
 }
 
+std::string options_message(const Options& options, const Family& family) {
+    nlohmann::json all;
+    for (const OptionRow& row : option_table(family))
+        if (row.member.index() != 0) all[row.name] = value_text(options, row);
+    return nlohmann::json({{"options", all}, {"known_vocab", options.known_vocab}}).dump();
+}
+
+Options options_from_message(const std::string& message, const Family& family) {
+    const std::vector<OptionRow> table = option_table(family);
+    Options options;
+    const nlohmann::json all = nlohmann::json::parse(message);
+    for (const auto& [name, value] : all.at("options").items())
+        set_value(options, *find_row(table, name), value.get<std::string>(), "--" + name);
+    options.known_vocab = all.at("known_vocab");
+    return options;
+}
+
 std::string options_toml(const Options& options, const Family& family) {
     std::string text;
     const char* group = "";

@@ -32,9 +32,10 @@ struct Options {
     bool resume = false;
     int64_t steps = -1; // -1: one epoch
     uint64_t seed = 1337;
-    int64_t threads = 0;    // 0: all cores
-    int64_t timeout = 600;  // seconds
-    int64_t ranks_here = 1; // that share this machine; no option
+    int64_t threads = 0;   // 0: all cores
+    int64_t timeout = 600; // seconds
+    // No options: ranks that share this machine; the V of a model from scratch where another rank has looked it up.
+    int64_t ranks_here = 1, known_vocab = 0;
     // batch
     int64_t context = 0, batch = 1, tokens_per_step = 0; // context 0: the model's own; tokens_per_step 0: batch·context
     // optimizer
@@ -110,6 +111,10 @@ std::string options_toml(const Options& options, const Family& family);
 // What a checkpoint keeps of a run's options, names and values as the command line takes them: all but those that name
 // a path or fit the run to a machine, so that the same run says the same anywhere.
 std::map<std::string, std::string> recorded_options(const Options& options, const Family& family);
+
+// All options of a command with their values, for other processes of the same program, and back.
+std::string options_message(const Options& options, const Family& family);
+Options options_from_message(const std::string& message, const Family& family);
 
 // A size such as 16GiB, 16G (the same), 16GB (10^9), 512MiB or plain bytes, in bytes; throws BadInput that begins with
 // `where` for anything else, and for 0.

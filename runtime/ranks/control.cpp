@@ -243,10 +243,10 @@ void Control::send_all(char kind, const std::string& text) {
 }
 
 // The first failure is the one that is told: the others follow from it.
-void Control::set_failure(const std::string& what) {
+void Control::set_failure(const std::string& what, ExitCode code) {
     if (!failure_.empty()) return;
-    failure_ = what, failed_at_ = seconds_now();
-    if (launch_.rank == 0) send_all(kFailure, what);
+    failure_ = what, failed_with_ = code, failed_at_ = seconds_now();
+    if (launch_.rank == 0) send_all(kFailure, join({std::to_string(code), what}));
     changed_.notify_all();
 }
 
@@ -270,7 +270,9 @@ void Control::take(Link& link, char kind, const std::string& text) {
         if (!stop_) stop_ = atoi(text.c_str());
     } else if (kind == kFailure) {
         told_ = launch_.rank != 0 && failure_.empty();
-        set_failure(launch_.rank == 0 ? name(link.rank) + ": " + text : text);
+        const std::vector<std::string> said = split(text);
+        if (said.size() != 2) return lose(link);
+        set_failure(launch_.rank == 0 ? name(link.rank) + ": " + said[1] : said[1], ExitCode(atoi(said[0].c_str())));
     } else if (kind == kBye) {
         link.left = true;
     }
@@ -314,10 +316,9 @@ void Control::watch(double time) {
 }
 
 void Control::serve() {
-    const double period = std::min(1.0, timeout_ / 5);
     double told = 0;
     for (std::unique_lock lock(mutex_);;) {
-        const double time = seconds_now();
+        const double time = seconds_now(), period = std::min(1.0, timeout_ / 5);
         if (time - told >= period) {
             told = time;
             send_all(kState, join({here_.phase, std::to_string(here_.step), std::to_string(here_.collective),
@@ -340,7 +341,7 @@ void Control::serve() {
         if (leaving_ && (!pending || time - leaving_ > kFarewell)) return;
         if (!failure_.empty() && !leaving_ && time - failed_at_ > std::min(kGrace, timeout_)) {
             if (tells()) fprintf(stderr, "%s\n", failure_.c_str());
-            _exit(kRunFailed);
+            _exit(failed_with_);
         }
         lock.unlock();
         poll(polled.data(), polled.size(), int(period * 1000));
@@ -364,7 +365,7 @@ std::string Control::next_value(std::unique_lock<std::mutex>& lock, Link& link) 
         lock.lock();
     }
     here_.waiting = false;
-    if (!failure_.empty()) throw RunFailed(failure_);
+    if (!failure_.empty()) throw Failure(failed_with_, failure_);
     if (link.values.empty())
         throw RunFailed(name(link.rank) + " has left the run while rank " + std::to_string(launch_.rank) +
                         " waits for it");
@@ -376,7 +377,7 @@ std::string Control::next_value(std::unique_lock<std::mutex>& lock, Link& link) 
 
 std::string Control::broadcast(const std::string& value) {
     std::unique_lock lock(mutex_);
-    if (!failure_.empty()) throw RunFailed(failure_);
+    if (!failure_.empty()) throw Failure(failed_with_, failure_);
     if (launch_.rank != 0) return next_value(lock, *links_[0]);
     send_all(kValue, value);
     return value;
@@ -384,7 +385,7 @@ std::string Control::broadcast(const std::string& value) {
 
 std::vector<std::string> Control::gather(const std::string& value) {
     std::unique_lock lock(mutex_);
-    if (!failure_.empty()) throw RunFailed(failure_);
+    if (!failure_.empty()) throw Failure(failed_with_, failure_);
     if (launch_.rank != 0) {
         send(*links_[0], kValue, value);
         return {};
@@ -402,6 +403,11 @@ void Control::barrier() {
 void Control::enter(const std::string& phase, int64_t step) {
     std::lock_guard lock(mutex_);
     here_.phase = phase, here_.step = step, here_.signs++, moved_ = seconds_now();
+}
+
+void Control::set_timeout(double seconds) {
+    std::lock_guard lock(mutex_);
+    timeout_ = seconds;
 }
 
 void Control::progress() {
@@ -433,12 +439,12 @@ int Control::stop_requested() {
     return stop_;
 }
 
-void Control::fail(const std::string& what) {
+void Control::fail(const std::string& what, ExitCode code) {
     std::lock_guard lock(mutex_);
     if (launch_.rank == 0)
-        set_failure(name(0) + ": " + what);
+        set_failure(name(0) + ": " + what, code);
     else
-        send(*links_[0], kFailure, what);
+        send(*links_[0], kFailure, join({std::to_string(code), what}));
 }
 
 // One rank prints what all of them throw: rank 0, or the next if that one can tell nobody any more.
@@ -449,6 +455,14 @@ bool Control::failed() {
     return !failure_.empty();
 }
 
+void Control::wait_for_first(double seconds) {
+    if (launch_.rank == 0) return;
+    std::unique_lock lock(mutex_);
+    const Link& link = *links_[0];
+    changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                      [&] { return link.left || !link.connection.open(); });
+}
+
 std::string Control::failure() {
     std::lock_guard lock(mutex_);
     return failure_;
@@ -456,5 +470,5 @@ std::string Control::failure() {
 
 void Control::check() {
     std::lock_guard lock(mutex_);
-    if (!failure_.empty()) throw RunFailed(failure_);
+    if (!failure_.empty()) throw Failure(failed_with_, failure_);
 }

@@ -3,8 +3,9 @@
 // main thread does. The same in all builds; one rank has none.
 //
 // Main threads call broadcast(), gather() and barrier() in one order on all ranks. Whatever goes wrong anywhere is told
-// to everybody once, in one line that names the rank: those that wait here throw it, the others find it with check(),
-// and a rank whose main thread does not look for kGrace seconds, or the timeout if that is less, is ended.
+// to everybody once, in one line that names the rank: those that wait here throw it (with that rank's exit code), the
+// others find it with check(), and a rank whose main thread does not look for kGrace seconds, or the timeout if that is
+// less, is ended.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "../base/errors.h"
 #include "launch.h"
 
 // What a rank says of itself when it comes. Options and weights are hashes.
@@ -49,6 +51,7 @@ public:
     int rank() const { return launch_.rank; }
     int ranks() const { return launch_.ranks; }
     const std::vector<Hello>& hellos() const { return hellos_; } // by rank
+    void set_timeout(double seconds);                            // from now on
 
     std::string broadcast(const std::string& value = "");      // rank 0's
     std::vector<std::string> gather(const std::string& value); // all, by rank, on rank 0; empty elsewhere
@@ -63,11 +66,14 @@ public:
     void request_stop(int signal);
     int stop_requested(); // on rank 0: the signal that any rank asked to stop for, or 0
 
-    void fail(const std::string& what); // of this rank, to all
+    void fail(const std::string& what, ExitCode code = kRunFailed); // of this rank, to all
     bool failed();
-    void check();          // throws RunFailed once anything has failed
+    void check();          // throws Failure once anything has failed
     bool tells() const;    // whether this rank is the one to print it
     std::string failure(); // in that line; empty: none yet
+    // Elsewhere than on rank 0: until rank 0 has left, for so many seconds at most. Before a rank ends with another
+    // exit code than 0, whereupon mpirun ends all that are there.
+    void wait_for_first(double seconds);
 
     // Called now and then by a main thread that waits for others, here or in Comm.
     std::function<void()> while_waiting = [] {};
@@ -76,15 +82,16 @@ private:
     struct Link;
 
     const Launch launch_;
-    const double timeout_;
     std::vector<Hello> hellos_;
     std::vector<std::unique_ptr<Link>> links_; // rank 0: by rank, its own empty; elsewhere one, to rank 0
     int wake_ = -1;                            // an eventfd that ends the service's wait
     std::mutex mutex_;                         // of all that follows, and of what the links hold
     std::condition_variable changed_;
+    double timeout_;
     Whereabouts here_;
     double moved_ = 0; // when here_.signs last grew
     std::string failure_;
+    ExitCode failed_with_ = kRunFailed;
     bool told_ = false; // by rank 0
     double failed_at_ = 0;
     int stop_ = 0;
@@ -100,7 +107,7 @@ private:
     void watch(double now);
     void send(Link& link, char kind, const std::string& text);
     void send_all(char kind, const std::string& text);
-    void set_failure(const std::string& what);
+    void set_failure(const std::string& what, ExitCode code = kRunFailed);
     std::string next_value(std::unique_lock<std::mutex>& lock, Link& link);
     std::string name(int rank) const;
 };

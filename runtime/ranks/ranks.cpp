@@ -38,19 +38,24 @@ std::unique_ptr<Comm> Ranks::connect(const Device& device) {
     return control_ ? std::make_unique<Comm>(device, control_.get()) : nullptr;
 }
 
-void Ranks::run(const std::string& options, double timeout, const std::function<void(Ranks&)>& body) {
+void Ranks::run(const std::string& options, double timeout, const std::function<void(const std::string&)>& tell,
+                const std::function<void(Ranks&)>& body) {
     Ranks ranks(options, timeout);
     if (!ranks.control_) return body(ranks);
     Control& control = *ranks.control_;
+    auto end = [&](ExitCode code, const std::string& what) {
+        constexpr double kPatience = 5;
+        if (code != kStopped) control.fail(what, code);
+        const std::string line = code != kStopped ? control.failure() : ranks.first() ? what : "";
+        if (control.tells() && !line.empty()) tell(line);
+        control.wait_for_first(kPatience);
+        throw Failure(code, "");
+    };
     try {
         body(ranks);
     } catch (const Failure& failure) {
-        // All of them stop together, each with what rank 0 says.
-        if (failure.exit_code == kStopped) throw Failure(kStopped, ranks.first() ? failure.what() : "");
-        control.fail(failure.what());
-        throw Failure(failure.exit_code, control.tells() ? control.failure() : "");
+        end(failure.exit_code, failure.what());
     } catch (const std::exception& error) {
-        control.fail(error.what());
-        throw RunFailed(control.tells() ? control.failure() : "");
+        end(kRunFailed, error.what());
     }
 }

@@ -13,15 +13,17 @@
 class Ranks {
 public:
     // By this process's environment (launch.h). body() then does the run. What it throws on one rank ends body() on all
-    // others with RunFailed; rank 0 throws it on, naming the rank, and the others a Failure with no text, which
-    // run_program() does not print.
-    // `options`: what has to be the same on all ranks.
-    static void run(const std::string& options, double timeout, const std::function<void(Ranks&)>& body);
+    // others with RunFailed. One of them gives tell() a line that names the rank, and all throw a Failure with no text,
+    // which run_program() does not print, once that has happened.
+    // `options`: what has to be the same on all ranks. `timeout`: seconds, until a control()->set_timeout().
+    static void run(const std::string& options, double timeout, const std::function<void(const std::string&)>& tell,
+                    const std::function<void(Ranks&)>& body);
 
     int rank() const { return launch_.rank; }
     int count() const { return launch_.ranks; }
     bool first() const { return launch_.rank == 0; }
     int on_this_machine() const { return local_; }
+    Control* control() const { return control_.get(); } // null for one rank
     // The ranks' communication, for device.comm; null for one rank.
     std::unique_ptr<Comm> connect(const Device& device);
 
