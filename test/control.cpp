@@ -258,6 +258,34 @@ TEST_CASE("a failure is everybody's, and says whose it was") {
     }
 }
 
+TEST_CASE("a stop that all have agreed on is nobody's failure, however early some leave") {
+    for (const int early : {0, 1}) {
+        CAPTURE(early);
+        Ranks all;
+        all.start_all(3, [&](Control& control) {
+            control.broadcast("stop");
+            control.end_together();
+            if (control.rank() == early) throw Failure(kStopped, "stopped");
+            pause(0.3);
+            control.check();
+            throw Failure(kStopped, "stopped");
+        });
+        CHECK(all.ends() == std::vector<int>(3, kStopped));
+    }
+}
+
+TEST_CASE("what was said last arrives, though whoever said it has gone and was being spoken to") {
+    for (int round = 0; round < 30; round++) {
+        Ranks all;
+        all.start_all(3, [&](Control& control) {
+            control.barrier();
+            for (int i = 0; i < 200 && control.rank(); i++) control.request_stop(SIGTERM);
+            demand(control.broadcast(std::string(1 << 16, 'x')).size() == 1 << 16, "all of it");
+        });
+        CHECK(all.ends() == std::vector<int>(3, 0));
+    }
+}
+
 TEST_CASE("of several failures the first is told") {
     Ranks all;
     all.start_all(3, [](Control& control) {

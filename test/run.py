@@ -276,8 +276,12 @@ def ranks_jobs(tally, long):
     tests = sorted(path.stem for path in (ROOT / "test").glob("ranks_*.cpp"))
     builds = {f"{build} for ranks": ("ranks", [f"build/{build}/{name}" for name in [f"test_{test}" for test in tests] + TRAINERS])
               for build in ("cpu", "simt")}
+    if long:  # of these only the trainers are tested
+        builds |= {f"{build} for ranks": ("ranks", [f"build/{build}/{name}" for name in TRAINERS])
+                   for build in ("cpu-bf16", "simt-bf16")}
     if mpi:
-        builds["cpu for ranks"][1].append("build/cpu/comm_mpi.so")
+        for build in {"cpu for ranks", "cpu-bf16 for ranks"} & set(builds):
+            builds[build][1].append(f"build/{build.split()[0]}/comm_mpi.so")
 
     def job(build, test, ranks, seed=None, *options):
         program = f"build/{build}/test_{test}"

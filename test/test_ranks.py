@@ -1,5 +1,6 @@
 """Runs of several ranks against the same run of one."""
 
+import itertools
 import json
 import os
 import random
@@ -42,8 +43,8 @@ def run(count, args, code=DONE, **how):
     return finish(start(count, args, **how), code)
 
 
-def steps(folder, key):
-    return [event[key] for event in untimed(folder) if event["event"] == "step"]
+def steps(folder, key, event="step"):
+    return [each[key] for each in untimed(folder) if each["event"] == event]
 
 
 def weights(folder, step):
@@ -71,11 +72,70 @@ def test_several_ranks_do_what_one_does(data, tmp_path, count, program, changes)
         rounded = key == "grad_norm" and changes.get("grad") == "bf16"  # once for all ranks, where one rank did it twice
         np.testing.assert_allclose(got[:exact], want[:exact], rtol=1e-3 if rounded else 2e-5)
         np.testing.assert_allclose(got, want, rtol=2e-2)
+    want, got = (steps(tmp_path / name, "loss", "val") for name in ("one", "all"))
+    np.testing.assert_allclose(got, want, rtol=2e-2 if exact == 2 else 2e-5)
     assert checkpoints(tmp_path / "one") == checkpoints(tmp_path / "all")
     assert [e["event"] for e in untimed(tmp_path / "one")] == [e["event"] for e in untimed(tmp_path / "all")]
     if not changes.get("state") and not changes.get("optimizer"):
         want, got = weights(tmp_path / "one", 12), weights(tmp_path / "all", 12)
         assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
+
+
+# What a run of several ranks may be made of, any two of which some case has together.
+AXES = {
+    "count": [2, 3, 4, 8], "build": ["cpu", "cpu-bf16", "simt", "simt-bf16"], "mpirun": [True, False],
+    "program": ["train_gpt2", "train_pythia"], "optimizer": ["adamw", "lion"], "state": ["fp32", "int8", "bf16"],
+    "grad": ["fp32", "bf16"], "master": ["fp32", "none"], "batch": [1, 2], "dealt": ["one", "even", "uneven", "three"],
+    "recompute": ["none", "block", "full"], "offload": ["none", "residual", "state"],
+}
+
+
+def possible(case):
+    """Of a case, or of a part of it."""
+    fp32 = case.get("build") in ("cpu", "simt")
+    return not (case.get("mpirun") is False and str(case.get("build")).startswith("cpu") or
+                fp32 and case.get("master") == "none" or
+                case.get("offload") == "residual" and case.get("recompute") == "none")
+
+
+def in_pairs():
+    """Cases that have each possible pair of values: in turn the best of some drawn ones."""
+    rng = random.Random(1)
+    pairs = {pair for a, b in itertools.combinations(AXES, 2) for x in AXES[a] for y in AXES[b]
+             if possible(dict(pair := ((a, x), (b, y))))}
+    cases = []
+    while pairs:
+        first = min(pairs, key=str)
+        drawn = [{name: rng.choice(values) for name, values in AXES.items()} | dict(first) for _ in range(400)]
+        cases.append(max(filter(possible, drawn), key=lambda case: len(pairs & set(itertools.combinations(case.items(), 2)))))
+        pairs -= set(itertools.combinations(cases[-1].items(), 2))
+    return cases
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", in_pairs(), ids=lambda case: "-".join(map(str, case.values())))
+def test_options_in_pairs_do_what_they_do_on_one_rank(data, tmp_path, case):
+    how = {name: case[name] for name in ("build", "program")}
+    count, lion, bf16 = case["count"], case["optimizer"] == "lion", case["build"].endswith("bf16")
+    batches = {"one": 1, "even": count, "uneven": count + 1, "three": 3 * count}[case["dealt"]]
+    words = options(data, steps=4, save_every=2, val_every=2, sample_every=4, tokens_per_step=32 * case["batch"] * batches,
+                    eps=None if lion else 1e-4, lr=3e-4 if lion else 3e-3, master=case["master"] if bf16 else None,
+                    **{name: case[name] for name in ("optimizer", "state", "grad", "batch", "recompute", "offload")})
+    for name, ranks in (("one", 1), ("all", count)):
+        out, err = run(ranks, ["--out", tmp_path / name, *words], mpirun=case["mpirun"] and ranks > 1, **how)
+        assert "done: 4 steps" in out and not err, err
+    for key, event in (("loss", "step"), ("grad_norm", "step"), ("loss", "val")):
+        want, got = (np.array(steps(tmp_path / name, key, event)) for name in ("one", "all"))
+        rounded = bf16 or key == "grad_norm" and case["grad"] == "bf16"
+        if event == "step":  # the first: of the same weights
+            np.testing.assert_allclose(got[0], want[0], rtol=1e-2 if rounded else 2e-5)
+        np.testing.assert_allclose(got, want, rtol=5e-2)
+    # A run of all ranks goes on with one, and one of one with all.
+    for name, ranks in (("one", count), ("all", 1)):
+        run(ranks, ["--out", tmp_path / name, "--resume", "--steps", 5], mpirun=case["mpirun"] and ranks > 1, **how)
+        assert steps(tmp_path / name, "step") == [1, 2, 3, 4, 5]
+    last = [steps(tmp_path / name, "loss")[-1] for name in ("one", "all")]
+    np.testing.assert_allclose(*last, rtol=5e-2)
 
 
 def test_the_same_run_gives_the_same_bits_and_resumes_on_any_number(data, tmp_path):

@@ -6,10 +6,12 @@
 #include <cstring>
 
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -119,6 +121,11 @@ bool Connection::flush() {
         out_.erase(0, static_cast<size_t>(sent));
     }
     return true;
+}
+
+bool Connection::in_flight() const {
+    int bytes = 0;
+    return ioctl(socket_.fd(), SIOCOUTQ, &bytes) == 0 && bytes > 0;
 }
 
 bool Connection::fill() {

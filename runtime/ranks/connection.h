@@ -41,6 +41,8 @@ public:
 
     void put(char kind, const std::string& text);
     bool pending() const { return !out_.empty(); }
+    // Sent and not yet at the other end's system: lost if this end closes with something unread.
+    bool in_flight() const;
     short events() const; // to poll() for
     // Send and receive what can be at once; false once the other end has gone.
     bool flush();

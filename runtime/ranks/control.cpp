@@ -17,6 +17,7 @@
 namespace {
 
 constexpr double kFarewell = 2; // seconds for the last words to those that do not take them
+constexpr int kFlight = 1;      // milliseconds between looks at whether they have arrived
 constexpr char kMagic[] = "longhand control 1\n";
 enum Kind : char {
     kHello = 'h',
@@ -220,7 +221,7 @@ void Control::join_first(const Hello& own) {
 }
 
 Control::~Control() {
-    if (std::uncaught_exceptions() > 0 && !failed()) fail("it stops for an error of its own");
+    if (std::uncaught_exceptions() > 0 && !ended_ && !failed()) fail("it stops for an error of its own");
     {
         std::lock_guard lock(mutex_);
         leaving_ = seconds_now();
@@ -244,7 +245,7 @@ void Control::send_all(char kind, const std::string& text) {
 
 // The first failure is the one that is told: the others follow from it.
 void Control::set_failure(const std::string& what, ExitCode code) {
-    if (!failure_.empty()) return;
+    if (!failure_.empty() || ended_) return;
     failure_ = what, failed_with_ = code, failed_at_ = seconds_now();
     if (launch_.rank == 0) send_all(kFailure, join({std::to_string(code), what}));
     changed_.notify_all();
@@ -330,11 +331,12 @@ void Control::serve() {
         bool pending = false;
         for (auto& link : links_) {
             if (!link || !link->connection.open()) continue;
-            if (!link->connection.flush()) {
-                lose(*link);
+            if (!link->connection.flush()) { // it has gone; what it said last may still be here
+                receive(*link);
+                if (link->connection.open()) lose(*link);
                 continue;
             }
-            pending |= link->connection.pending();
+            pending |= link->connection.pending() || (leaving_ && link->connection.in_flight());
             polled.push_back({link->connection.fd(), link->connection.events(), 0});
             of.push_back(link.get());
         }
@@ -344,7 +346,7 @@ void Control::serve() {
             _exit(failed_with_);
         }
         lock.unlock();
-        poll(polled.data(), polled.size(), int(period * 1000));
+        poll(polled.data(), polled.size(), leaving_ ? kFlight : int(period * 1000));
         uint64_t count;
         while (read(wake_, &count, sizeof count) > 0) {
         }
@@ -398,6 +400,12 @@ std::vector<std::string> Control::gather(const std::string& value) {
 void Control::barrier() {
     gather("");
     broadcast();
+}
+
+void Control::end_together() {
+    barrier();
+    std::lock_guard lock(mutex_);
+    ended_ = true;
 }
 
 void Control::enter(const std::string& phase, int64_t step) {

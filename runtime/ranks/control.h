@@ -56,6 +56,9 @@ public:
     std::string broadcast(const std::string& value = "");      // rank 0's
     std::vector<std::string> gather(const std::string& value); // all, by rank, on rank 0; empty elsewhere
     void barrier();
+    // A barrier before an end that all ranks have agreed on, whatever their exit code: whoever leaves after it, and
+    // however, is no failure.
+    void end_together();
 
     // Signs of progress. A rank that gives none for `timeout` seconds, or does not answer at all, ends the run.
     void enter(const std::string& phase, int64_t step);
@@ -92,7 +95,8 @@ private:
     double moved_ = 0; // when here_.signs last grew
     std::string failure_;
     ExitCode failed_with_ = kRunFailed;
-    bool told_ = false; // by rank 0
+    bool told_ = false;  // by rank 0
+    bool ended_ = false; // together
     double failed_at_ = 0;
     int stop_ = 0;
     double leaving_ = 0; // since when, or 0

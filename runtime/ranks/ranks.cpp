@@ -43,17 +43,27 @@ void Ranks::run(const std::string& options, double timeout, const std::function<
     Ranks ranks(options, timeout);
     if (!ranks.control_) return body(ranks);
     Control& control = *ranks.control_;
+    constexpr double kPatience = 5;
     auto end = [&](ExitCode code, const std::string& what) {
-        constexpr double kPatience = 5;
-        if (code != kStopped) control.fail(what, code);
-        const std::string line = code != kStopped ? control.failure() : ranks.first() ? what : "";
-        if (control.tells() && !line.empty()) tell(line);
+        control.fail(what, code);
+        if (const std::string line = control.failure(); control.tells() && !line.empty()) tell(line);
         control.wait_for_first(kPatience);
         throw Failure(code, "");
+    };
+    // All stop at one step and have saved: what becomes of one of them from here on changes nothing.
+    auto stop = [&](const std::string& what) {
+        if (ranks.first()) tell(what);
+        try {
+            control.end_together();
+        } catch (const Failure&) {
+        }
+        control.wait_for_first(kPatience);
+        throw Failure(kStopped, "");
     };
     try {
         body(ranks);
     } catch (const Failure& failure) {
+        if (failure.exit_code == kStopped) stop(failure.what());
         end(failure.exit_code, failure.what());
     } catch (const std::exception& error) {
         end(kRunFailed, error.what());
