@@ -137,9 +137,9 @@ private:
     EmbeddingShape embedding_shape(int64_t B, int64_t start, int64_t T) const;
     void forward(int64_t B, int64_t start, int64_t T, Pass pass) override;
     void backward(int64_t B) override;
-    void project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N);
+    void project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N, bool ln1_made);
     template <class T> Heads<T> qkv_part(T* qkv, int part, int64_t tokens, int64_t G) const;
-    void attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass);
+    void attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass, bool ln1_made);
     void mlp_hidden(int64_t l, int64_t n, int64_t K);
     void mlp(int64_t l, int64_t N);
     void mlp_backward(int64_t l, int64_t N);
@@ -231,10 +231,9 @@ EmbeddingShape Gpt2::embedding_shape(int64_t B, int64_t start, int64_t T) const 
 
 void Gpt2::forward(int64_t B, int64_t start, int64_t T, Pass pass) {
     embedding_forward(device_.stream, x(0), tokens_, w(wte), w(wpe), embedding_shape(B, start, T));
-    forget_ln1();
     for (int64_t l = 0; l < L_; l++) {
         residuals_.enter_forward(l, pass == Pass::training);
-        attention(l, B, start, T, pass);
+        attention(l, B, start, T, pass, l > 0); // the block before has made ln1
         residuals_.made_attention(l, pass == Pass::training);
         mlp(l, B * T);
     }
@@ -245,8 +244,7 @@ void Gpt2::backward(int64_t B) {
         enter_backward(l);
         if (!keeps_attention()) {
             begin(kAttentionBackward);
-            attention(l, B, 0, T_, Pass::training);
-            forget_ln1(); // the MLP's work space may lie where it is
+            attention(l, B, 0, T_, Pass::training, false);
         }
         begin(kMlpBackward);
         mlp_backward(l, B * T_);
@@ -266,10 +264,10 @@ template <class T> Heads<T> Gpt2::qkv_part(T* qkv, int part, int64_t tokens, int
 }
 
 // qkv := queries, keys and values of heads h … h+G of N tokens.
-void Gpt2::project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N) {
+void Gpt2::project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N, bool ln1_made) {
     const int64_t D = c_.D();
     for_chunks(N, [&](int64_t n, int64_t K) {
-        const real* input = ln1(l, n, K);
+        const real* input = ln1(l, n, K, ln1_made);
         if (G == H_) {
             matmul_forward(device_.matmul, qkv + n * 3 * C_, nullptr, input, w(qkvw, l), w(qkvb, l), K, C_, 3 * C_);
             return;
@@ -278,15 +276,14 @@ void Gpt2::project_qkv(real* qkv, int64_t l, int64_t h, int64_t G, int64_t N) {
             matmul_forward(device_.matmul, qkv_part(qkv, part, N_, G).data + n * G * D, nullptr, input,
                            w(qkvw, l) + (part * C_ + h * D) * C_, w(qkvb, l) + part * C_ + h * D, K, C_, G * D);
     });
-    made_ln1(l);
 }
 
 // x(l) to O and LSE. In sampling keys and values of the tokens before `start` are in the cache.
-void Gpt2::attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass) {
+void Gpt2::attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass, bool ln1_made) {
     const int64_t D = c_.D();
     auto group = [&](real* rows, int64_t h, int64_t G) {
         real* own = rows + start * 3 * C_;
-        project_qkv(own, l, h, G, B * T);
+        project_qkv(own, l, h, G, B * T, ln1_made || h > 0);
         auto part = [&](const real* qkv, int part) { return qkv_part(qkv, part, N_, G); };
         attention_forward(device_.stream, {atty(l) + h * D, T * C_, C_, D}, lse(l) + h * T, part(own, 0), part(rows, 1),
                           part(rows, 2), 1 / std::sqrt(float(D)), attention_scratch_, attention_shape(B, start, T, G));
@@ -316,7 +313,6 @@ void Gpt2::mlp(int64_t l, int64_t N) {
         matmul_forward(device_.matmul, branch, nullptr, a_.gelu.at(l, n), w(fcprojw, l), w(fcprojb, l), K, 4 * C_, C_);
         end_block(l, n, K, a_.x1.at(l, n), branch);
     });
-    made_ln1(l + 1);
 }
 
 // From the gradient of x(l+1), in d_.x, to that of O, and d_.x on to the residual before the MLP.
@@ -342,14 +338,14 @@ void Gpt2::attention_gradients(int64_t l, int64_t B) {
     Matmul* mm = device_.matmul;
     for_head_groups([&](int64_t h, int64_t G) {
         real* qkv = a_.qkv.at(l, 0);
-        if (!keeps_all_) project_qkv(qkv, l, h, G, N);
+        if (!keeps_all_) project_qkv(qkv, l, h, G, N, h > 0);
         auto in = [&](int part) { return qkv_part<const real>(qkv, part, N_, G); };
         auto out = [&](int part) { return qkv_part(d_.qkv, part, N_, G); };
         attention_backward(device_.stream, out(0), out(1), out(2), {d_.atty + h * D, batch, C_, D}, in(0), in(1), in(2),
                            {atty(l) + h * D, batch, C_, D}, lse(l) + h * T_, 1 / std::sqrt(float(D)),
                            attention_backward_scratch_, attention_shape(B, 0, T_, G));
         for_chunks(N, [&](int64_t n, int64_t K) {
-            const real* input = ln1(l, n, K);
+            const real* input = ln1(l, n, K, true);
             real* dinput = d_.ln1 + n * C_;
             if (G == H_) {
                 const real* dout = d_.qkv + n * 3 * C_;

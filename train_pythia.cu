@@ -205,8 +205,8 @@ private:
     RotaryShape rotary_shape(int64_t B, int64_t start, int64_t T, int64_t H) const;
     void forward(int64_t B, int64_t start, int64_t T, Pass pass) override;
     void backward(int64_t B) override;
-    void project_qkv(real* qkv, int64_t l, int64_t h, const RotaryShape& shape);
-    void attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass);
+    void project_qkv(real* qkv, int64_t l, int64_t h, const RotaryShape& shape, bool ln1_made);
+    void attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass, bool ln1_made);
     void attention_branch(int64_t l, int64_t n, int64_t K);
     const real* mlp_hidden(int64_t l, int64_t n, int64_t K);
     void mlp(int64_t l, int64_t N);
@@ -277,10 +277,9 @@ RotaryShape Pythia::rotary_shape(int64_t B, int64_t start, int64_t T, int64_t H)
 
 void Pythia::forward(int64_t B, int64_t start, int64_t T, Pass pass) {
     embedding_forward(device_.stream, x(0), tokens_, w(embedin), nullptr, {B, T, C_});
-    forget_ln1();
     for (int64_t l = 0; l < L_; l++) {
         residuals_.enter_forward(l, pass == Pass::training);
-        attention(l, B, start, T, pass);
+        attention(l, B, start, T, pass, l > 0); // the block before has made ln1
         residuals_.made_attention(l, pass == Pass::training);
         mlp(l, B * T);
     }
@@ -291,8 +290,7 @@ void Pythia::backward(int64_t B) {
         enter_backward(l);
         if (!keeps_attention()) {
             begin(kAttentionBackward);
-            attention(l, B, 0, T_, Pass::training);
-            forget_ln1(); // the MLP's work space may lie where it is
+            attention(l, B, 0, T_, Pass::training, false);
         }
         begin(kMlpBackward);
         mlp_backward(l, B * T_);
@@ -305,23 +303,22 @@ void Pythia::backward(int64_t B) {
 
 // qkv := queries, keys and values of the shape's heads, from head h on. They get their bias and are rotated where the
 // product left them.
-void Pythia::project_qkv(real* qkv, int64_t l, int64_t h, const RotaryShape& shape) {
+void Pythia::project_qkv(real* qkv, int64_t l, int64_t h, const RotaryShape& shape, bool ln1_made) {
     const int64_t width = 3 * shape.H * c_.D(), row = 3 * h * c_.D(); // of the weights
     for_chunks(shape.B * shape.T, [&](int64_t n, int64_t K) {
-        matmul_forward(device_.matmul, qkv + n * width, nullptr, ln1(l, n, K), w(qkvw, l) + row * C_, nullptr, K, C_,
-                       width);
+        matmul_forward(device_.matmul, qkv + n * width, nullptr, ln1(l, n, K, ln1_made), w(qkvw, l) + row * C_, nullptr,
+                       K, C_, width);
     });
-    made_ln1(l);
     rotary_forward(device_.stream, rotary_part(qkv, 0, shape), rotary_part(qkv, 1, shape), rotary_part(qkv, 2, shape),
                    qkv, w(qkvb, l) + row, rotary_, shape);
 }
 
 // x(l) to O and LSE. In sampling keys and values of the tokens before `start` are in the cache.
-void Pythia::attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass) {
+void Pythia::attention(int64_t l, int64_t B, int64_t start, int64_t T, Pass pass, bool ln1_made) {
     auto group = [&](real* rows, int64_t h, int64_t G) {
         const RotaryShape shape = rotary_shape(B, start, T, G);
         real* own = rows + start * 3 * C_;
-        project_qkv(own, l, h, shape);
+        project_qkv(own, l, h, shape, ln1_made || h > 0);
         auto part = [&](const real* qkv, int part) { return rotary_part(qkv, part, shape); };
         attention_forward(device_.stream, {atty(l) + h * c_.D(), T * C_, C_, c_.D()}, lse(l) + h * T, part(own, 0),
                           part(rows, 1), part(rows, 2), score_scale_, attention_scratch_,
@@ -371,7 +368,6 @@ void Pythia::mlp(int64_t l, int64_t N) {
         }
         end_block(l, n, K, input, branch);
     });
-    made_ln1(l + 1);
 }
 
 // From the gradient of x(l+1), in d_.x, to that of O, and through the MLP into d_.x. With the parallel residual d_.x is
@@ -405,7 +401,7 @@ void Pythia::attention_gradients(int64_t l, int64_t B) {
         const RotaryShape shape = rotary_shape(B, 0, T_, G);
         const int64_t width = 3 * G * D, row = 3 * h * D; // of the weights
         real* qkv = a_.qkv.at(l, 0);
-        if (!keeps_all_) project_qkv(qkv, l, h, shape);
+        if (!keeps_all_) project_qkv(qkv, l, h, shape, h > 0);
         auto in = [&](int part) { return rotary_part<const real>(qkv, part, shape); };
         auto out = [&](int part) { return rotary_part(d_.qkv, part, shape); };
         auto dout = [&](int part) { return rotary_part<const real>(d_.qkv, part, shape); };
@@ -416,7 +412,8 @@ void Pythia::attention_gradients(int64_t l, int64_t B) {
         for_chunks(N, [&](int64_t n, int64_t K) {
             real* dinput = d_.ln1 + n * C_;
             const real *dqkv = d_.qkv + n * width, *weights = w(qkvw, l) + row * C_;
-            matmul_backward_weight(mm, dw(qkvw, l) + row * C_, dw(qkvb, l) + row, dqkv, ln1(l, n, K), K, C_, width);
+            matmul_backward_weight(mm, dw(qkvw, l) + row * C_, dw(qkvb, l) + row, dqkv, ln1(l, n, K, true), K, C_,
+                                   width);
             if (h == 0)
                 matmul_backward_input(mm, dinput, dqkv, weights, nullptr, K, C_, width);
             else

@@ -107,8 +107,8 @@ std::string Transformer::write_file(FileWriter& file) {
     return write_weights(device_, file, params_);
 }
 
-const real* Transformer::ln1(int64_t l, int64_t n, int64_t K) {
-    if (ln1_layer_ != l)
+const real* Transformer::ln1(int64_t l, int64_t n, int64_t K, bool made) {
+    if (!made || ln1_.tokens < N_)
         layernorm_forward(device_.stream, ln1_.at(l, n), mean1_.at(l, n), rstd1_.at(l, n), x(l) + n * C_,
                           w(anatomy_.ln1w, l), w(anatomy_.ln1w + 1, l), K, C_);
     return ln1_.at(l, n);
@@ -131,11 +131,6 @@ void Transformer::end_block(int64_t l, int64_t n, int64_t K, const real* input, 
     if (device_.comm) device_.comm->mark();
     residual_layernorm_forward(device_.stream, x(l + 1) + n * C_, next.at(l + 1, n), mean.at(l + 1, n),
                                rstd.at(l + 1, n), input, branch, gain, bias, K, C_);
-}
-
-void Transformer::enter_backward(int64_t l) {
-    residuals_.enter_backward(l);
-    ln1_layer_ = keeps_all_ ? l : -1;
 }
 
 // From the last block's output to the losses, a chunk at a time, and of logits no more than a part of one. With

@@ -94,17 +94,16 @@ protected:
     void begin(Phases phase) const {
         if (watch) watch(phase);
     }
-    // The blocks' first LayerNorm, which the block before made on its way where all tokens of it have a place.
-    void forget_ln1() { ln1_layer_ = -1; }
-    const real* ln1(int64_t l, int64_t n, int64_t K);                     // of tokens n … n+K
-    void made_ln1(int64_t l) { ln1_layer_ = ln1_.tokens == N_ ? l : -1; } // of all tokens
-    void ln1_backward(int64_t l, int64_t N);                              // d_.ln1 into d_.x
+    // The block's first LayerNorm for tokens n … n+K: computed here, unless it was already (`made`) for all tokens and
+    // there is a place for all of them.
+    const real* ln1(int64_t l, int64_t n, int64_t K, bool made);
+    void ln1_backward(int64_t l, int64_t N); // d_.ln1 into d_.x
     // Tokens n … n+K of x(l+1) := input + branch, and the LayerNorm that follows: the next block's first, or the last
     // one.
     void end_block(int64_t l, int64_t n, int64_t K, const real* input, const real* branch);
     // backward() says when it begins with a block and when all gradients of its layer are made: those that are staged
     // are then added to the bf16 ones, and their place is free for the next layer.
-    void enter_backward(int64_t l);
+    void enter_backward(int64_t l) { residuals_.enter_backward(l); }
     void leave_backward(int64_t l);
 
     // Attention of T tokens over their own and the `start` tokens before them, for H of the heads.
@@ -158,7 +157,6 @@ private:
     Recording training_step_, evaluation_;
     Rows<real> ln1_, lnf_, dlnf_; // outputs of the blocks' first and of the last LayerNorm
     Statistics mean1_, rstd1_, meanf_, rstdf_;
-    int64_t ln1_layer_ = -1;     // of which ln1_ holds all tokens; -1: of none
     int32_t* targets_ = nullptr; // (N)
     real* logits_ = nullptr;     // (logits_rows(),Vp)
     float* losses_ = nullptr;    // (N)
