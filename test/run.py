@@ -274,14 +274,12 @@ def ranks_jobs(tally, long):
     if not mpi:
         tally.skip("no mpirun and mpicxx: ranks of the cpu build were not tested")
     tests = sorted(path.stem for path in (ROOT / "test").glob("ranks_*.cpp"))
-    builds = {f"{build} for ranks": ("ranks", [f"build/{build}/{name}" for name in [f"test_{test}" for test in tests] + TRAINERS])
-              for build in ("cpu", "simt")}
-    if long:  # of these only the trainers are tested
-        builds |= {f"{build} for ranks": ("ranks", [f"build/{build}/{name}" for name in TRAINERS])
-                   for build in ("cpu-bf16", "simt-bf16")}
-    if mpi:
-        for build in {"cpu for ranks", "cpu-bf16 for ranks"} & set(builds):
-            builds[build][1].append(f"build/{build.split()[0]}/comm_mpi.so")
+    programs = {build: [f"test_{test}" for test in tests] + TRAINERS for build in ("cpu", "simt")} | {"cpu-bf16": TRAINERS}
+    if long:
+        programs["simt-bf16"] = TRAINERS
+    builds = {f"{build} for ranks": ("ranks", [f"build/{build}/{name}" for name in names] +
+                                     [f"build/{build}/comm_mpi.so"] * bool(mpi and build.startswith("cpu")))
+              for build, names in programs.items()}
 
     def job(build, test, ranks, seed=None, *options):
         program = f"build/{build}/test_{test}"
