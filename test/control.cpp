@@ -394,6 +394,25 @@ TEST_CASE("a process that is stopped is named by the others") {
     }
 }
 
+TEST_CASE("a process that is stopped is named, and not one that waits for it without saying so") {
+    Ranks all;
+    all.start_all(
+        3,
+        [](Control& control) {
+            if (control.rank() == 2) pause(0.5), raise(SIGSTOP);
+            for (;; pause(0.01)) control.check();
+        },
+        kShort);
+    for (const int rank : {0, 1}) {
+        int status = 0;
+        waitpid(all.processes[rank], &status, 0);
+        CHECK(WEXITSTATUS(status) == kRunFailed);
+        CHECK(contains(all.said(rank), "rank 2 (host1"));
+    }
+    kill(all.processes[2], SIGCONT);
+    waitpid(all.processes[2], nullptr, 0);
+}
+
 TEST_CASE("a rank that computes on though the run has failed is ended") {
     Ranks all;
     all.start_all(

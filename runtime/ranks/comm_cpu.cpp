@@ -185,7 +185,9 @@ struct Comm::Library {
 
 Comm::Comm(const Device& device, Control* control) : device_(device), control_(control) {
     if (!control) return;
+    control->begin_waiting(0);
     library_.reset(new Library{*control, start_mpi(rank(), ranks()), {}});
+    control->end_waiting();
     std::vector<char> greeting(2 * ranks());
     all_to_all(greeting.data(), greeting.data() + ranks(), 1);
 }

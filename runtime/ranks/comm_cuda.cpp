@@ -71,7 +71,9 @@ struct Comm::Library {
         if (control.rank() == 0) check(nccl.GetUniqueId(&id), "ncclGetUniqueId");
         const std::string all = control.broadcast(std::string(id.internal, sizeof id.internal));
         memcpy(id.internal, all.data(), sizeof id.internal);
+        control.begin_waiting(0);
         check(nccl.CommInitRank(&comm, control.ranks(), id, control.rank()), "ncclCommInitRank");
+        control.end_waiting();
         control.while_waiting = [this] { before(), poll(); };
     }
     // What went wrong since the calls returned. In the simulator streams go on when they are asked.

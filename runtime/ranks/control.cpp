@@ -17,6 +17,7 @@
 namespace {
 
 constexpr double kFarewell = 2; // seconds for the last words to those that do not take them
+constexpr double kSilence = 2;  // periods without the word that each brings
 constexpr int kFlight = 1;      // milliseconds between looks at whether they have arrived
 constexpr char kMagic[] = "longhand control 1\n";
 enum Kind : char {
@@ -292,11 +293,15 @@ void Control::receive(Link& link) {
 // one furthest behind.
 void Control::watch(double time) {
     if (!failure_.empty() || leaving_) return;
-    for (auto& link : links_)
-        if (link && link->connection.open() && !link->left && time - link->heard > timeout_)
+    bool silent = false; // some rank, so that others may be late for no fault of theirs
+    for (auto& link : links_) {
+        if (!link || !link->connection.open() || link->left) continue;
+        if (time - link->heard > timeout_)
             return set_failure(name(link->rank) + " has not answered for " + std::to_string(int(timeout_)) +
                                " seconds: " + describe(link->at));
-    if (launch_.rank != 0) return;
+        silent |= time - link->heard > kSilence * period();
+    }
+    if (launch_.rank != 0 || silent) return;
     struct Seen {
         int rank;
         Whereabouts at;
@@ -316,11 +321,14 @@ void Control::watch(double time) {
                     " seconds (--timeout): " + describe(culprit->at));
 }
 
+// Seconds between a rank's words.
+double Control::period() const { return std::min(1.0, timeout_ / 5); }
+
 void Control::serve() {
     double told = 0;
     for (std::unique_lock lock(mutex_);;) {
-        const double time = seconds_now(), period = std::min(1.0, timeout_ / 5);
-        if (time - told >= period) {
+        const double time = seconds_now();
+        if (time - told >= period()) {
             told = time;
             send_all(kState, join({here_.phase, std::to_string(here_.step), std::to_string(here_.collective),
                                    here_.waiting ? "1" : "0", std::to_string(here_.signs)}));
@@ -346,7 +354,7 @@ void Control::serve() {
             _exit(failed_with_);
         }
         lock.unlock();
-        poll(polled.data(), polled.size(), leaving_ ? kFlight : int(period * 1000));
+        poll(polled.data(), polled.size(), leaving_ ? kFlight : int(period() * 1000));
         uint64_t count;
         while (read(wake_, &count, sizeof count) > 0) {
         }

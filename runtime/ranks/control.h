@@ -109,6 +109,7 @@ private:
     void take(Link& link, char kind, const std::string& text);
     void lose(Link& link);
     void watch(double now);
+    double period() const;
     void send(Link& link, char kind, const std::string& text);
     void send_all(char kind, const std::string& text);
     void set_failure(const std::string& what, ExitCode code = kRunFailed);
