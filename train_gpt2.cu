@@ -403,18 +403,13 @@ void run_gpt2(Options& options, Ranks& ranks) {
     if (ranks.first() && plan_memory(options, make)) return;
     if (ranks.first() && origin.from_scratch()) options.known_vocab = config_from_options(options).V;
     share_options(options, kGpt2Family, ranks);
-    Device device(options.threads);
-    const std::unique_ptr<Comm> comm = ranks.connect(device);
-    device.comm = comm.get();
-    std::unique_ptr<Gpt2> model = make(device, options);
-    if (ranks.first()) check_data(options, *model, origin.start);
-    model->allocate();
-    if (origin.from_scratch())
-        model->init_weights(options.seed);
-    else
-        model->read_file(*origin.file, origin.type, origin.config, options);
-    origin.file.reset();
-    run(options, device, *model, origin.start);
+    run(options, ranks, origin.start, make, [&](Gpt2& model) {
+        if (origin.from_scratch())
+            model.init_weights(options.seed);
+        else
+            model.read_file(*origin.file, origin.type, origin.config, options);
+        origin.file.reset();
+    });
 }
 
 int main(int argc, char** argv) {

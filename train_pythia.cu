@@ -464,18 +464,13 @@ void run_pythia(Options& options, Ranks& ranks) {
     if (ranks.first() && origin.from_scratch()) options.known_vocab = config_from_options(options).V;
     share_options(options, kPythiaFamily, ranks);
     resolve(options, configure(options));
-    Device device(options.threads);
-    const std::unique_ptr<Comm> comm = ranks.connect(device);
-    device.comm = comm.get();
-    std::unique_ptr<Pythia> model = make(device, options);
-    if (ranks.first()) check_data(options, *model, origin.start);
-    model->allocate();
-    if (origin.from_scratch())
-        model->init_weights(options.seed);
-    else
-        model->read_file(*origin.file, origin.type);
-    origin.file.reset();
-    run(options, device, *model, origin.start);
+    run(options, ranks, origin.start, make, [&](Pythia& model) {
+        if (origin.from_scratch())
+            model.init_weights(options.seed);
+        else
+            model.read_file(*origin.file, origin.type);
+        origin.file.reset();
+    });
 }
 
 int main(int argc, char** argv) {

@@ -35,8 +35,12 @@ begin() {
 if [[ $MPIRUN ]]; then
     # As root mpirun wants to be told twice; containers on rented machines know no other user.
     if ((EUID == 0)); then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+    command -v "$MPIRUN" >/dev/null || usage "there is no MPIRUN $MPIRUN"
+    # To Open MPI a machine has room for as many ranks as it has cores, however many GPUs.
+    more=()
+    if [[ $("$MPIRUN" --version 2>/dev/null) == *"Open MPI"* ]]; then more=(--oversubscribe); fi
     # shellcheck disable=SC2086
-    begin "$MPIRUN" -n "$ranks" --bind-to none ${MPI_OPTIONS:-} "$@"
+    begin "$MPIRUN" -n "$ranks" --bind-to none ${more[@]+"${more[@]}"} ${MPI_OPTIONS:-} "$@"
 else
     port=${LONGHAND_PORT:-$((20000 + RANDOM % 12000))}
     for ((rank = 0; rank < ranks; rank++)); do
@@ -45,7 +49,11 @@ else
     done
 fi
 
-stop() { kill -USR1 "${pids[@]}" 2>/dev/null || true; }
+# Until its ranks are there mpirun forwards a signal to nobody.
+stop() {
+    while ((SECONDS < 3)); do sleep 0.2; done
+    kill -USR1 "${pids[@]}" 2>/dev/null || true
+}
 trap stop INT TERM HUP USR1 USR2
 code=0
 for pid in "${pids[@]}"; do

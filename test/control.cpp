@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <chrono>
+#include <filesystem>
 #include <functional>
 #include <string>
 #include <thread>
@@ -58,7 +59,7 @@ struct Ranks {
         return {rank, ranks, rank, "a test", "127.0.0.1", port, run};
     }
     Hello hello(int rank) const {
-        return {"options", "weights", "host" + std::to_string(rank / 2), "gpu" + std::to_string(rank), getpid()};
+        return {"options", "weights", "host" + std::to_string(rank / 2), "gpu" + std::to_string(rank), getpid(), ""};
     }
     pid_t start(const std::function<void()>& body) {
         fflush(nullptr);
@@ -159,6 +160,7 @@ TEST_CASE("who does not belong together is refused and named") {
     const std::vector<Case> cases = {
         {[](Launch&, Hello& h) { h.options = "other"; }, "has other options than rank 0"},
         {[](Launch&, Hello& h) { h.weights = "other"; }, "has other weights than rank 0"},
+        {[](Launch&, Hello& h) { h.wrong = "no GPU"; }, "): no GPU"},
         {[](Launch&, Hello& h) { h.host = "host0", h.device = "gpu1"; }, "have one GPU (gpu1)"},
         {[](Launch& l, Hello&) { l.rank = 1; }, "have one number"},
         {[](Launch& l, Hello&) { l.ranks = 4; }, "was started for 4 ranks and rank 0 for 3"},
@@ -183,7 +185,7 @@ TEST_CASE("without a GPU two ranks may share a machine") {
     Ranks all;
     for (int rank = 0; rank < 2; rank++)
         all.start([&, rank] {
-            Control control(all.launch(rank, 2), {"options", "weights", "host", "", getpid()}, kTimeout);
+            Control control(all.launch(rank, 2), {"options", "weights", "host", "", getpid(), ""}, kTimeout);
             control.barrier();
         });
     CHECK(all.ends() == std::vector<int>{0, 0});
@@ -225,6 +227,41 @@ TEST_CASE("a process of another run and strangers harm nothing") {
     });
     CHECK(all.ends() == std::vector<int>{kBadInput, 0, 0});
     CHECK(contains(all.said(0), "another run has this port: 'this', not 'that'"));
+}
+
+TEST_CASE("who comes late to a run that is refused is told so") {
+    Ranks all;
+    for (int rank = 0; rank < 3; rank++)
+        all.start([&, rank] {
+            if (rank == 2) pause(1);
+            Hello own = all.hello(rank);
+            if (rank == 1) own.weights = "other";
+            Control control(all.launch(rank, 3), own, kTimeout);
+        });
+    CHECK(all.ends() == std::vector<int>(3, kBadInput));
+    for (int rank = 0; rank < 3; rank++) CHECK(contains(all.said(rank), "has other weights than rank 0"));
+}
+
+TEST_CASE("where nothing names the run, who has other options is of another one") {
+    Ranks all;
+    all.start([&] {
+        Hello stranger = all.hello(1);
+        stranger.options = "other";
+        Control control(all.launch(1, 2, ""), stranger, kTimeout);
+    });
+    pause(0.3);
+    all.start([&] {
+        Control control(all.launch(0, 2, ""), all.hello(0), kTimeout);
+        control.barrier();
+    });
+    all.start([&] {
+        pause(0.7);
+        Control control(all.launch(1, 2, ""), all.hello(1), kTimeout);
+        control.barrier();
+    });
+    CHECK(all.ends() == std::vector<int>{kBadInput, 0, 0});
+    CHECK(contains(all.said(0), "has other options than rank 0"));
+    CHECK(contains(all.said(0), "LONGHAND_RUN"));
 }
 
 TEST_CASE("any rank's signal to stop reaches rank 0, the first one counts") {
@@ -411,6 +448,48 @@ TEST_CASE("a process that is stopped is named, and not one that waits for it wit
     }
     kill(all.processes[2], SIGCONT);
     waitpid(all.processes[2], nullptr, 0);
+}
+
+TEST_CASE("rank 0 is given the time to save what it has, while it makes progress") {
+    Ranks all;
+    all.start_all(
+        3,
+        [&](Control& control) {
+            if (control.rank() == 1) control.fail("disk full");
+            while (!control.failed()) pause(0.01);
+            if (control.rank() == 0) {
+                control.hold(true);
+                for (int i = 0; i < 30; i++) pause(0.1), control.progress(); // longer than the timeout
+                put_file(all.folder / "saved", "");
+                control.hold(false);
+            } else if (control.rank() == 1) {
+                control.wait_for_first();
+                demand(std::filesystem::exists(all.folder / "saved"), "it has waited");
+            } else {
+                for (;;) pause(0.1); // does not look
+            }
+            throw control.failure();
+        },
+        kShort);
+    CHECK(all.ends() == std::vector<int>(3, kRunFailed));
+    for (const int rank : {0, 1}) CHECK(contains(all.said(rank), "): disk full"));
+}
+
+TEST_CASE("a machine that slept finds no fault with others for that") {
+    Ranks all;
+    all.start_all(
+        2,
+        [](Control& control) {
+            control.barrier();
+            for (int i = 0; i < 40; i++) pause(0.1), control.progress();
+            control.barrier();
+        },
+        kShort);
+    pause(0.5);
+    for (const pid_t process : all.processes) kill(process, SIGSTOP);
+    pause(2 * kShort);
+    for (const pid_t process : all.processes) kill(process, SIGCONT);
+    CHECK(all.ends() == std::vector<int>(2, 0));
 }
 
 TEST_CASE("a rank that computes on though the run has failed is ended") {

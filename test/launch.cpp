@@ -75,7 +75,10 @@ TEST_CASE("what each launcher says") {
     CHECK(launch.port == 29501); // torchrun listens on MASTER_PORT itself
     CHECK(launch.run == "abc.1");
     CHECK(launch.launcher == "RANK and WORLD_SIZE");
-    CHECK(found(kTorchrun + Variables{{"TORCHELASTIC_RUN_ID", "none"}}).run == "");
+    const Variables unnamed = kTorchrun + Variables{{"TORCHELASTIC_RUN_ID", "none"}};
+    CHECK(found(unnamed).run == "");
+    // One torchrun a node: each is in a step of its own.
+    CHECK(found(unnamed + Variables{{"SLURM_JOB_ID", "77"}, {"SLURM_STEP_ID", "3"}}).run == "slurm-77");
 
     launch = found(kMpirun);
     CHECK(launch.rank == 3);
@@ -92,6 +95,9 @@ TEST_CASE("what each launcher says") {
     CHECK(launch.address == "gpu07");
     CHECK(launch.run == "slurm-77.0");
     CHECK(launch.launcher == "srun");
+    launch = found(kStep + Variables{{"PMI_RANK", "6"}, {"PMI_SIZE", "8"}}); // --mpi=pmi2
+    CHECK(launch.launcher == "srun");
+    CHECK(launch.local_rank == 2);
 
     launch = found({{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}});
     CHECK(launch.rank == 1);
@@ -105,6 +111,7 @@ TEST_CASE("mpirun within a Slurm job, and within what torchrun has left in the e
         CHECK(launch.rank == 3);
         CHECK(launch.ranks == 4);
         CHECK(launch.launcher == "mpirun");
+        CHECK(launch.run == "123456"); // not the job's, which may have several
     }
 }
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -227,9 +228,28 @@ def test_a_lost_rank_is_named_and_ends_all(data, tmp_path, killed, number):
     processes[killed].kill()
     processes[killed].communicate()
     assert all(process.returncode not in (None, 0) for process in processes)
-    assert sum(f"rank {killed}" in err for err in said) == 1, said
+    line = next(err for err in said if err)
+    assert sum(map(bool, said)) == 1 and f"rank {killed} (" in line and re.search(r"step [1-9]\d*, (training|save)", line), said
     resumed = trainer("--out", out, "--resume", "--steps", steps(out, "step")[-1], "--threads", 1)
     assert resumed.returncode == DONE, resumed.stderr
+
+
+def test_long_work_is_progress(data, tmp_path):
+    words = options(data, steps=1, tokens_per_step=4096, val_tokens=8192, sample_every=1, sample_tokens=20)
+    processes = start(2, ["--out", tmp_path / "run", *words, "--timeout", 3], "simt", mpirun=False)
+    finish(processes)
+
+
+def test_a_shard_that_is_cut_on_all_ranks_leaves_a_checkpoint(data, tmp_path):
+    shard, out = tmp_path / "train_0.bin", tmp_path / "run"
+    shutil.copy(data / "train_0.bin", shard)
+    processes = start(3, ["--out", out, *options(data, train=shard, steps=100000, save_every=0, val=None, sample_every=0)],
+                      "simt", mpirun=False)
+    started(out)
+    os.truncate(shard, 1500)
+    _, err = finish(processes, code=1)
+    assert err.count("was cut from") == 1, err
+    assert checkpoints(out) == [f"step_{steps(out, 'step')[-1]:08d}"]
 
 
 def test_other_options_on_a_rank_are_refused(data, tmp_path):

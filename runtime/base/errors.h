@@ -25,5 +25,8 @@ struct RunFailed : Failure {
     explicit RunFailed(const std::string& message) : Failure(kRunFailed, message) {}
 };
 
+// What any exception means to the user.
+Failure failure_of(const std::exception& error);
+
 // What the user should know, on stderr; the run goes on.
 inline void warn(const std::string& line) { fprintf(stderr, "warning: %s\n", line.c_str()); }

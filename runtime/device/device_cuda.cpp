@@ -122,7 +122,9 @@ std::string device_identity() { return ""; }
 #else
 void choose_device(int number) {
     int count = 0;
-    if (cudaGetDeviceCount(&count) == cudaSuccess && number >= count)
+    const bool known = cudaGetDeviceCount(&count) == cudaSuccess;
+    if (known && count == 1) number = 0; // a launcher may show each rank its own GPU alone; a shared one is found later
+    if (known && number >= count)
         throw BadInput("this rank is number " + std::to_string(number) + " of its machine, which has " +
                        std::to_string(count) + (count == 1 ? " GPU" : " GPUs") + "; start one rank a GPU");
     check_cuda(cudaSetDevice(number), "choosing this rank's GPU");

@@ -22,6 +22,7 @@
 #include <xxhash.h>
 
 #include "../base/errors.h"
+#include "../base/progress.h"
 
 namespace {
 
@@ -31,6 +32,10 @@ constexpr size_t kBufferBytes = size_t(1) << 20;
 
 // Linux moves at most 2^31 - 4096 bytes a call; a round number below that.
 constexpr size_t kLargestCall = size_t(1) << 30;
+
+// What a file writer leaves to the system at once: to bring all of a large file to the disk at its end may take as long
+// as all that came before.
+constexpr size_t kUnsynced = size_t(256) << 20;
 
 const char* advice(int error) {
     switch (error) {
@@ -145,6 +150,7 @@ void FileReader::read(size_t offset, void* to, size_t bytes) const {
             throw RunFailed(path_ + " was cut to " + std::to_string(offset + done) + " of its " +
                             std::to_string(size_) + " bytes while it was read; make or copy it again");
         done += static_cast<size_t>(got);
+        sign_of_progress();
     }
 }
 
@@ -192,18 +198,27 @@ void FileWriter::flush() {
 
 void FileWriter::write_out(const unsigned char* data, size_t bytes) {
     while (bytes > 0) {
-        ssize_t taken = retried([&] { return ::write(fd_, data, std::min(bytes, kLargestCall)); });
+        ssize_t taken = retried([&] { return ::write(fd_, data, std::min(bytes, kUnsynced)); });
         if (taken < 0) fail("cannot write " + path_, errno);
         if (taken == 0) fail("cannot write " + path_, EIO); // would loop for ever
         data += taken;
         bytes -= static_cast<size_t>(taken);
+        unsynced_ += static_cast<size_t>(taken);
+        if (unsynced_ >= kUnsynced) sync();
+        sign_of_progress();
     }
+}
+
+void FileWriter::sync() {
+    if (!sync_descriptor(fd_)) fail("cannot bring " + path_ + " to the disk", errno);
+    unsynced_ = 0;
+    sign_of_progress();
 }
 
 void FileWriter::close() {
     if (fd_ < 0) return;
     flush();
-    if (!sync_descriptor(fd_)) fail("cannot bring " + path_ + " to the disk", errno);
+    sync();
     // Network file systems report a full disk as late as here. After close() the descriptor is gone, whatever it says.
     if (::close(std::exchange(fd_, -1)) != 0 && errno != EINTR) {
         int error = errno;
@@ -253,6 +268,7 @@ void UnnamedFile::write(size_t offset, const void* from, size_t bytes) {
                           static_cast<off_t>(offset + done));
         });
         if (taken <= 0) fail("cannot write to a file without a name in " + folder_, taken < 0 ? errno : EIO);
+        sign_of_progress();
         done += static_cast<size_t>(taken);
     }
 }
@@ -264,6 +280,7 @@ void UnnamedFile::read(size_t offset, void* to, size_t bytes) const {
                          static_cast<off_t>(offset + done));
         });
         if (got <= 0) fail("cannot read from a file without a name in " + folder_, got < 0 ? errno : EIO);
+        sign_of_progress();
         done += static_cast<size_t>(got);
     }
 }
@@ -285,6 +302,7 @@ FileSum file_sum(const std::string& path) {
         if (got < 0) refuse("cannot read " + path, errno);
         if (got == 0) return {bytes, XXH3_64bits_digest(state.get())};
         XXH3_64bits_update(state.get(), buffer.data(), static_cast<size_t>(got));
+        sign_of_progress();
         bytes += static_cast<uint64_t>(got);
     }
 }

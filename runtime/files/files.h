@@ -80,9 +80,11 @@ private:
     std::string path_;
     int fd_ = -1;
     uint64_t bytes_ = 0;
+    size_t unsynced_ = 0;
     std::vector<unsigned char> buffer_; // what no system call has taken yet
     std::unique_ptr<Hasher> hasher_;
     void flush();
+    void sync();
     void write_out(const unsigned char* data, size_t bytes);
 };
 

@@ -67,3 +67,18 @@ template <class Config> struct Origin {
     }
     bool from_scratch() const { return start.weights.empty(); }
 };
+
+// The model that make() makes for its device and options, filled by fill(), and then run() as above, as one of the
+// ranks.
+template <class Make, class Fill>
+void run(Options& options, Ranks& ranks, const Start& start, const Make& make, const Fill& fill) {
+    Device device(options.threads);
+    decltype(make(device, options)) model; // outlives the ranks' communication
+    ranks.communicate(device, [&] {
+        model = make(device, options);
+        if (ranks.first()) check_data(options, *model, start);
+        model->allocate();
+        fill(*model);
+        run(options, device, *model, start);
+    });
+}

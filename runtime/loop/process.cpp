@@ -62,13 +62,6 @@ void check_output() {
     if (ferror(stdout)) throw RunFailed("cannot write to standard output: its disk is full or its reader has gone");
 }
 
-std::string explain(const std::filesystem::filesystem_error& error) {
-    std::string what = error.what();
-    const std::string prefix = "filesystem error: ";
-    if (what.rfind(prefix, 0) == 0) what = what.substr(prefix.size());
-    return what + "; check that the path is right and can be reached";
-}
-
 } // namespace
 
 // One line, whatever a value quoted in the message holds.
@@ -86,20 +79,9 @@ int run_program(const char* name, const std::function<void()>& body) {
         body();
         check_output();
         return kDone;
-    } catch (const Failure& failure) {
+    } catch (const std::exception& error) {
+        const Failure failure = failure_of(error);
         print_failure(name, failure.what());
         return failure.exit_code;
-    } catch (const std::filesystem::filesystem_error& error) {
-        print_failure(name, explain(error));
-        bool disk = error.code() == std::errc::io_error || error.code() == std::errc::no_space_on_device;
-        return disk ? kRunFailed : kBadInput;
-    } catch (const std::bad_alloc&) {
-        print_failure(name,
-                      "out of memory: the system, or a limit of this process (ulimit -v, -d), refuses more; lower "
-                      "--context, --batch or --memory");
-        return kRunFailed;
-    } catch (const std::exception& error) {
-        print_failure(name, error.what());
-        return kRunFailed;
     }
 }

@@ -53,6 +53,10 @@ std::string Run::decided(const std::string& by_first) const {
     return comm_ ? comm_->control()->broadcast(by_first) : by_first;
 }
 
+void Run::enter(const char* phase) const {
+    if (comm_) comm_->control()->enter(phase, step_);
+}
+
 void Run::log(const json& event) {
     if (log_) log_->write(event);
 }
@@ -153,6 +157,7 @@ void Run::save() {
         if (first() && lock_->in_place()) remove_leftovers(options_.out);
         return;
     }
+    enter("save");
     compare_weights();
     if (first()) write_checkpoint();
     decided(""); // it is written
@@ -263,6 +268,7 @@ void Run::give_up(const std::string& why) {
 }
 
 void Run::validate() {
+    enter("validation");
     double loss = 0;
     or_save_first([&] { loss = validation_->mean_loss(model_, [&] { stop_if_asked(); }); });
     logged_ = true;
@@ -274,6 +280,7 @@ void Run::validate() {
 }
 
 void Run::sample() {
+    enter("sample");
     struct Stopped {};
     std::string text, why;
     try {
@@ -317,10 +324,11 @@ void Run::or_save_first(const std::function<void()>& read) {
     try {
         read();
     } catch (const Failure& failure) {
-        const bool others = comm_ && comm_->control()->failed();
-        if (failure.exit_code == kStopped || step_ == 0 || others || !first()) throw;
+        if (failure.exit_code == kStopped || step_ == 0 || !first()) throw;
+        if (comm_) comm_->abandon(), comm_->control()->hold(true); // whoever has failed
         try {
             if (unsaved()) write_checkpoint();
+            if (comm_) comm_->control()->hold(false);
         } catch (const std::exception& error) {
             throw Failure(failure.exit_code, std::string(failure.what()) + " (nor could step " + std::to_string(step_) +
                                                  " be saved: " + error.what() + ")");
@@ -338,6 +346,7 @@ std::string Run::reason_to_skip(double loss, double norm, double& z) const {
 }
 
 void Run::one_step() {
+    enter("training");
     double start = steady_seconds();
     int64_t B = options_.batch, T = options_.context, micro_steps = options_.tokens_per_step / (B * T);
     std::vector<int32_t> tokens(B * T), targets(B * T);

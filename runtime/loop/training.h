@@ -55,6 +55,7 @@ private:
     bool first() const { return rank_ == 0; }
     std::string decided(const std::string& by_first) const;
     void log(const nlohmann::json& event);
+    void enter(const char* phase) const; // for those who wait for this rank
     void say(const std::string& line);
     bool unsaved() const { return saved_ != step_ || logged_; }
     bool due(int64_t every) const { return every > 0 && step_ > 0 && step_ % every == 0; }

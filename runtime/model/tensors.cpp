@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "../base/errors.h"
+#include "../base/progress.h"
 
 // Elements that are staged on the host at a time: device memory need not be readable here.
 constexpr int64_t kStage = 1 << 20;
@@ -216,6 +217,7 @@ static void look_at(const Device& device, const void* from, size_t bytes, bool w
         download(device, stage.data(), piece, n);
         if (waits) release_mapped(piece, n);
         look(stage.data(), n);
+        sign_of_progress();
     }
 }
 
@@ -325,5 +327,6 @@ void fill_weights(const Device& device, Tensor& tensor, const std::function<floa
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < n; i++) stage[i] = value(first + i);
         set_weights(device, tensor, first, stage.data(), n);
+        sign_of_progress();
     }
 }

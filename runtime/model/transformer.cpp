@@ -128,7 +128,6 @@ void Transformer::end_block(int64_t l, int64_t n, int64_t K, const real* input, 
     const Statistics &mean = last ? meanf_ : mean1_, &rstd = last ? rstdf_ : rstd1_;
     const real *gain = last ? w(anatomy_.lnfw) : w(anatomy_.ln1w, l + 1),
                *bias = last ? w(anatomy_.lnfw + 1) : w(anatomy_.ln1w + 1, l + 1);
-    if (device_.comm) device_.comm->mark();
     residual_layernorm_forward(device_.stream, x(l + 1) + n * C_, next.at(l + 1, n), mean.at(l + 1, n),
                                rstd.at(l + 1, n), input, branch, gain, bias, K, C_);
 }
@@ -168,8 +167,18 @@ Work Transformer::blocks_work(int64_t B, Cost rotary_forward, Cost rotary_backwa
     return work;
 }
 
+void Transformer::mark() const {
+    if (device_.comm) device_.comm->mark();
+}
+
+// Of several ranks: the next one's tokens would be waited for in a way that shows no sign of progress.
+void Transformer::wait_for_micro_batch() const {
+    if (device_.comm) device_.comm->finish();
+}
+
 void Transformer::accumulate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor, bool last) {
     last_ = last;
+    wait_for_micro_batch();
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
     if (params_.grads_bf16) upload(device_, draw_, &draws_, sizeof draws_);
@@ -193,6 +202,7 @@ void Transformer::repeat(Recording& recording, int64_t B, double factor, const s
 }
 
 void Transformer::evaluate(const int32_t* tokens, const int32_t* targets, int64_t B, double factor) {
+    wait_for_micro_batch();
     upload(device_, tokens_, tokens, B * T_ * sizeof(int32_t));
     upload(device_, targets_, targets, B * T_ * sizeof(int32_t));
     repeat(evaluation_, B, factor, [&] {
@@ -230,7 +240,7 @@ void Transformer::begin_step(int64_t step) {
 
 void Transformer::leave_backward(int64_t l) {
     residuals_.leave_backward(l);
-    if (device_.comm) device_.comm->mark(), sum_layer(l);
+    if (device_.comm) sum_layer(l);
     constexpr uint64_t kLayers = uint64_t(1) << 20; // no model has more; the numbers of noise stay below 2^24
     for (size_t i = 0; i < params_.list.size(); i++) {
         const Tensor& t = params_.list[i];

@@ -112,12 +112,13 @@ protected:
     }
     // f(n, K): tokens n … n+K, over all of N.
     template <class F> void for_chunks(int64_t N, F f) const {
-        for (int64_t n = 0; n < N; n += K_) f(n, std::min(K_, N - n));
+        for (int64_t n = 0; n < N; n += K_) f(n, std::min(K_, N - n)), mark();
     }
     // f(h, G): heads h … h+G, over all of them.
     template <class F> void for_head_groups(F f) const {
-        for (int64_t h = 0; h < H_; h += G_) f(h, std::min(G_, H_ - h));
+        for (int64_t h = 0; h < H_; h += G_) f(h, std::min(G_, H_ - h)), mark();
     }
+    void mark() const; // the end of a piece of work, where others wait for this rank
 
     real* x(int64_t l) const { return residuals_.x(l); }
     real* atty(int64_t l) const { return residuals_.atty(l); }
@@ -192,6 +193,7 @@ private:
             arena_.place_reals(rows.data, slots * tokens * width, name);
     }
     void losses(int64_t N, double factor, bool gradients);
+    void wait_for_micro_batch() const;
     void sum_layer(int64_t l);
     void sum_gradients();
 };

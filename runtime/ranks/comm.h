@@ -30,7 +30,7 @@ public:
     // Meets the other ranks and exchanges a first piece with each, so that no connection is made later. control: null
     // for one rank, which then loads no library. Both must outlive it.
     Comm(const Device& device, Control* control);
-    ~Comm(); // meets the others again, unless the run has failed
+    ~Comm(); // meets the others again, unless it was abandoned
     Comm(const Comm&) = delete;
     Comm& operator=(const Comm&) = delete;
 
@@ -66,6 +66,8 @@ public:
     void wait(Ticket ticket);
     // What device.stream was given until here is a piece of work, whose end is a sign of progress (control.h).
     void mark();
+    // After a failure, or an agreed end in the middle: does not wait for other ranks, now or when it is destroyed.
+    void abandon();
     // Waits for device.stream, and says meanwhile whether this rank works or waits for others, and in which call. To
     // come before anything else that waits for what was given since a wait(): that cannot be interrupted.
     void finish();
@@ -94,6 +96,7 @@ private:
     const Device& device_;
     Control* control_;
     Ticket last_ = 0;
+    int64_t calls_ = 0;                // the same on all ranks, while marks are each rank's own
     std::unique_ptr<Library> library_; // null without control_
 
     Ticket begin(const Call& call);

@@ -192,18 +192,20 @@ Comm::Comm(const Device& device, Control* control) : device_(device), control_(c
     all_to_all(greeting.data(), greeting.data() + ranks(), 1);
 }
 
-Comm::~Comm() {
-    // MPI's end waits for all ranks. Without it mpirun ends those that are left, which is right for a run that failed.
-    if (library_ && (control_->failed() || std::uncaught_exceptions())) library_->mpi.release();
+Comm::~Comm() = default;
+
+// MPI's end waits for all ranks. Without it mpirun ends those that are left, which is right for a run that failed.
+void Comm::abandon() {
+    if (library_) library_->mpi.release();
 }
 
 Comm::Ticket Comm::begin(const Call& call) {
-    last_++;
+    last_++, calls_++;
     if (!library_) {
         copy(call.to, call.from, call.bytes());
         return last_;
     }
-    control_->begin_waiting(last_);
+    control_->begin_waiting(calls_);
     library_->run(call);
     control_->end_waiting();
     return last_;

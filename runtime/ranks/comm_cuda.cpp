@@ -1,5 +1,6 @@
 // On a stream of its own, which device.stream waits for and which waits for device.stream, by events. NCCL is loaded
 // when a run has several ranks, so that a program starts on machines that have none.
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -54,7 +55,10 @@ struct Comm::Library {
     // Of each call and mark: what device.stream was given before it, and itself.
     std::array<cudaEvent_t, kEvents> given = {}, done = {};
     cudaEvent_t all = nullptr; // what device.stream was given before finish()
-    Ticket last = 0, finished = 0;
+    cudaEvent_t late =
+        nullptr; // what `stream` was given, for those who ask after a call that no event stands for any more
+    std::array<int64_t, kEvents> calls = {}; // the number of each among the calls
+    Ticket last = 0, finished = 0, waits_in = 0;
 
     const std::function<void()> before; // what the main thread did while it waited
 
@@ -63,7 +67,8 @@ struct Comm::Library {
     // A member function, so that the destructor tidies up after a failure half way.
     void open() {
         check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream for other ranks");
-        check_cuda(cudaEventCreateWithFlags(&all, cudaEventDisableTiming), "creating an event");
+        for (cudaEvent_t* event : {&all, &late})
+            check_cuda(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
         for (auto* events : {&given, &done})
             for (cudaEvent_t& event : *events)
                 check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
@@ -83,11 +88,16 @@ struct Comm::Library {
         check(nccl.CommGetAsyncError(comm, &error), "ncclCommGetAsyncError");
         check(error, "NCCL");
     }
-    ~Library() {
+    // An abort does not wait for others, who may be gone; the orderly end is Control's.
+    void abandon() {
         control.while_waiting = before;
-        // An abort does not wait for others, who may be gone; the orderly end is Control's.
         if (comm) nccl.CommAbort(comm);
-        if (all) cudaEventDestroy(all);
+        comm = nullptr;
+    }
+    ~Library() {
+        abandon();
+        for (cudaEvent_t event : {all, late})
+            if (event) cudaEventDestroy(event);
         for (auto* events : {&given, &done})
             for (cudaEvent_t event : *events)
                 if (event) cudaEventDestroy(event);
@@ -134,35 +144,54 @@ struct Comm::Library {
         check_cuda(cudaStreamWaitEvent(stream, event, 0), "waiting for an event");
     }
 
-    void begin(const Device& device, const Call& call) {
-        control.check();
+    // The event of what comes next.
+    int next(int64_t call) {
         const int at = int(++last % kEvents);
+        calls[at] = call;
+        return at;
+    }
+    void begin(const Device& device, const Call& call, int64_t number) {
+        control.check();
+        const int at = next(number);
         record(given[at], cuda_stream(device.stream));
         wait(stream, given[at]);
         run(call);
         record(done[at], stream);
     }
     void mark(const Device& device) {
-        const int at = int(++last % kEvents);
+        const int at = next(0);
         for (cudaEvent_t event : {given[at], done[at]}) record(event, cuda_stream(device.stream));
+        look();
     }
-    void wait(const Device& device, Ticket ticket) { wait(cuda_stream(device.stream), done[ticket % kEvents]); }
+    void wait(const Device& device, Ticket ticket) {
+        const bool known = last - ticket < kEvents;
+        if (!known) record(late, stream);
+        wait(cuda_stream(device.stream), known ? done[ticket % kEvents] : late);
+    }
+
+    // What has ended since, and whether the device waits for other ranks now.
+    void look() {
+        const Ticket before = finished;
+        finished = std::max(finished, last - kEvents);
+        while (finished < last && is_done(done[(finished + 1) % kEvents])) finished++;
+        if (finished == before) {
+            const int at = int((finished + 1) % kEvents);
+            if (!waits_in && finished < last && calls[at] && is_done(given[at]))
+                control.begin_waiting(waits_in = calls[at]);
+            return;
+        }
+        if (waits_in) control.end_waiting(), waits_in = 0;
+        control.progress();
+    }
 
     void finish(const Device& device) {
         record(all, cuda_stream(device.stream));
-        Ticket waits_in = 0;
-        while (!is_done(all)) {
+        for (; !is_done(all); usleep(50)) {
             control.check();
             control.while_waiting();
-            const Ticket before = finished;
-            while (finished < last && is_done(done[(finished + 1) % kEvents])) finished++;
-            if (finished > before && waits_in) control.end_waiting(), waits_in = 0;
-            if (finished > before) control.progress();
-            if (!waits_in && finished < last && is_done(given[(finished + 1) % kEvents]))
-                control.begin_waiting(waits_in = finished + 1);
-            usleep(50);
+            look();
         }
-        if (waits_in) control.end_waiting();
+        if (waits_in) control.end_waiting(), waits_in = 0;
         finished = last;
     }
 
@@ -196,7 +225,8 @@ struct Comm::Library {
         throw BadInput("this program was built without NCCL, through which several GPUs exchange data: install "
                        "libnccl-dev and build again, or run one rank");
     }
-    void begin(const Device&, const Call&) {}
+    void begin(const Device&, const Call&, int64_t) {}
+    void abandon() {}
     void mark(const Device&) {}
     void wait(const Device&, Ticket) {}
     void finish(const Device&) {}
@@ -218,11 +248,14 @@ Comm::Comm(const Device& device, Control* control) : device_(device), control_(c
     device_free(greeting, bytes);
 }
 Comm::~Comm() = default;
+void Comm::abandon() {
+    if (library_) library_->abandon();
+}
 
 Comm::Ticket Comm::begin(const Call& call) {
-    last_++;
+    last_++, calls_++;
     if (library_)
-        library_->begin(device_, call);
+        library_->begin(device_, call, calls_);
     else if (call.to != call.from && call.count)
         check_cuda(
             cudaMemcpyAsync(call.to, call.from, call.bytes(), cudaMemcpyDeviceToDevice, cuda_stream(device_.stream)),

@@ -19,7 +19,6 @@
 
 namespace {
 
-constexpr uint32_t kMostBytes = 1 << 26;
 constexpr size_t kHead = 5;
 
 struct Addresses {
@@ -130,19 +129,20 @@ bool Connection::in_flight() const {
 
 bool Connection::fill() {
     char piece[65536];
-    for (;;) {
+    while (in_.size() < kHead + most_) {
         const ssize_t got = recv(socket_.fd(), piece, sizeof piece, 0);
         if (got == 0) return false;
         if (got < 0) return errno == EAGAIN || errno == EINTR;
         in_.append(piece, static_cast<size_t>(got));
     }
+    return true;
 }
 
 bool Connection::next(char& kind, std::string& text) {
     if (in_.size() < kHead) return false;
     uint32_t size = 0;
     for (int i = 0; i < 4; i++) size |= uint32_t(static_cast<unsigned char>(in_[1 + i])) << 8 * i;
-    if (size > kMostBytes) return broken_ = true, false;
+    if (size > most_) return broken_ = true, false;
     if (in_.size() < kHead + size) return false;
     kind = in_[0], text = in_.substr(kHead, size);
     in_.erase(0, kHead + size);

@@ -34,7 +34,9 @@ Socket connect_to(const std::string& address, int port, double until, std::strin
 // What goes over a connection is frames: a byte of its kind, the text's bytes (4, little endian), the text.
 class Connection {
 public:
-    explicit Connection(Socket socket) : socket_(std::move(socket)) {}
+    static constexpr size_t kMost = 1 << 26; // bytes of a frame
+    explicit Connection(Socket socket, size_t most = kMost) : socket_(std::move(socket)), most_(most) {}
+    void set_most(size_t bytes = kMost) { most_ = bytes; }
     int fd() const { return socket_.fd(); }
     bool open() const { return bool(socket_); }
     void close() { socket_.reset(); }
@@ -44,7 +46,7 @@ public:
     // Sent and not yet at the other end's system: lost if this end closes with something unread.
     bool in_flight() const;
     short events() const; // to poll() for
-    // Send and receive what can be at once; false once the other end has gone.
+    // Send and receive what can be at once, of what has come no more than a frame; false once the other end has gone.
     bool flush();
     bool fill();
     // The next whole frame of what has come; false if there is none. A size that is no frame's makes it `broken`.
@@ -54,6 +56,7 @@ public:
 
 private:
     Socket socket_;
+    size_t most_;
     std::string in_, out_;
     bool broken_ = false;
 };

@@ -16,9 +16,13 @@
 
 namespace {
 
-constexpr double kFarewell = 2; // seconds for the last words to those that do not take them
-constexpr double kSilence = 2;  // periods without the word that each brings
-constexpr int kFlight = 1;      // milliseconds between looks at whether they have arrived
+constexpr double kStranger = 5;        // seconds for a greeting, once connected
+constexpr size_t kGreeting = 64 << 10; // bytes of one
+constexpr double kNotice = 10;         // seconds of waiting, whereupon the user is told of it
+constexpr double kLate = 10;           // seconds for those that come to a run that is refused already
+constexpr double kFarewell = 2;        // seconds for the last words to those that do not take them
+constexpr double kSilence = 2;         // periods without the word that each brings
+constexpr int kFlight = 1;             // milliseconds between looks at whether they have arrived
 constexpr char kMagic[] = "longhand control 1\n";
 enum Kind : char {
     kHello = 'h',
@@ -49,16 +53,17 @@ std::vector<std::string> split(const std::string& text) {
 }
 
 std::vector<std::string> fields_of(const Hello& hello) {
-    return {hello.options, hello.weights, hello.host, hello.device, std::to_string(hello.process)};
+    return {hello.options, hello.weights, hello.host, hello.device, std::to_string(hello.process), hello.wrong};
 }
 
 Hello hello_of(const std::vector<std::string>& fields, size_t first) {
     Hello hello;
     hello.options = fields.at(first), hello.weights = fields.at(first + 1), hello.host = fields.at(first + 2);
     hello.device = fields.at(first + 3), hello.process = atoi(fields.at(first + 4).c_str());
+    hello.wrong = fields.at(first + 5);
     return hello;
 }
-constexpr size_t kHelloFields = 5;
+constexpr size_t kHelloFields = 6;
 
 std::string describe(int rank, const Hello& hello) {
     return "rank " + std::to_string(rank) + " (" + hello.host + ", process " + std::to_string(hello.process) + ")";
@@ -81,7 +86,7 @@ struct Control::Link {
     double heard = seconds_now(), moved = seconds_now();
     bool left = false; // it has said goodbye
 
-    Link(int rank, Socket socket) : rank(rank), connection(std::move(socket)) {}
+    Link(int rank, Socket socket, size_t most = Connection::kMost) : rank(rank), connection(std::move(socket), most) {}
 };
 
 Control::Control(const Launch& launch, const Hello& own, double timeout) : launch_(launch), timeout_(timeout) {
@@ -106,7 +111,23 @@ void Control::meet_as_first(const Hello& own) {
     links_.resize(launch_.ranks);
     std::vector<std::unique_ptr<Link>> strangers;
     int missing = launch_.ranks - 1;
-    std::string wrong;
+    std::string wrong; // why nobody can take part; those who are still to come are told, too
+    double until = seconds_now() + timeout_;
+    auto refuse_all = [&](const std::string& why) {
+        if (!wrong.empty()) return;
+        wrong = why;
+        until = std::min(until, seconds_now() + kLate);
+    };
+    std::string turned_away; // whom this run does not concern, the last of them
+    const std::string port = " port " + std::to_string(launch_.port);
+    double notice = seconds_now() + kNotice;
+    auto absent = [&] {
+        std::string ranks;
+        for (int rank = 1; rank < launch_.ranks; rank++)
+            if (!links_[rank]) ranks += (ranks.empty() ? "rank " : ", ") + std::to_string(rank);
+        return ranks + " of " + std::to_string(launch_.ranks);
+    };
+    if (!own.wrong.empty()) refuse_all(describe(0, own) + ": " + own.wrong);
     // What a greeting is refused for; `ours` if that is this run's fault.
     auto judge = [&](Link& link, const std::string& text, bool& ours) -> std::string {
         ours = false;
@@ -119,6 +140,14 @@ void Control::meet_as_first(const Hello& own) {
         const int rank = atoi(fields[2].c_str());
         const Hello hello = hello_of(fields, 4);
         const std::string who = describe(rank, hello);
+        // Where nothing names the run, other options may be another run's.
+        if (launch_.run.empty() && hello.options != own.options) {
+            ours = false;
+            return who + " has other options than rank 0 (" + own.host + ", process " + std::to_string(own.process) +
+                   "); runs of one machine at one time need LONGHAND_RUN or LONGHAND_PORT to be told apart";
+        }
+        if (!wrong.empty()) return wrong;
+        if (!hello.wrong.empty()) return who + ": " + hello.wrong;
         if (fields[3] != std::to_string(launch_.ranks) || rank < 1 || rank >= launch_.ranks)
             return who + " was started for " + fields[3] + " ranks and rank 0 for " + std::to_string(launch_.ranks);
         if (links_[rank]) return who + " and " + name(rank) + " have one number";
@@ -132,13 +161,19 @@ void Control::meet_as_first(const Hello& own) {
         link.rank = rank;
         return "";
     };
-    for (const double until = seconds_now() + timeout_; missing > 0;) {
+    while (missing > 0) {
         std::vector<pollfd> polled{{listener.fd(), POLLIN, 0}};
         for (auto& stranger : strangers) polled.push_back({stranger->connection.fd(), POLLIN, 0});
         const double left = until - seconds_now();
         if (left <= 0) break;
-        if (poll(polled.data(), polled.size(), std::max(1, int(std::min(1.0, left) * 1000))) <= 0) continue;
-        while (Socket one = accept_from(listener)) strangers.push_back(std::make_unique<Link>(-1, std::move(one)));
+        if (seconds_now() > notice) {
+            notice = until;
+            warn("waiting for " + absent() + " at" + port + " for " + std::to_string(int(left)) + " more seconds" +
+                 turned_away);
+        }
+        poll(polled.data(), polled.size(), std::max(1, int(std::min(1.0, left) * 1000)));
+        while (Socket one = accept_from(listener))
+            strangers.push_back(std::make_unique<Link>(-1, std::move(one), kGreeting));
         for (auto& stranger : strangers) {
             Connection& connection = stranger->connection;
             char kind;
@@ -148,30 +183,29 @@ void Control::meet_as_first(const Hello& own) {
             if (connection.first() == kHello && connection.next(kind, text)) {
                 bool ours;
                 const std::string refused = judge(*stranger, text, ours);
+                missing -= refused.empty() || ours;
                 if (refused.empty()) {
+                    connection.set_most();
                     links_[stranger->rank] = std::move(stranger);
-                    missing--;
                     continue;
                 }
                 connection.put(kRefusal, refused);
                 connection.flush();
                 connection.close();
-                if (ours) wrong = refused;
-            } else if (!open || connection.broken() || (connection.first() && connection.first() != kHello)) {
+                if (ours)
+                    refuse_all(refused);
+                else
+                    turned_away = "; turned away: " + refused;
+            } else if (!open || seconds_now() - stranger->heard > kStranger || connection.broken() ||
+                       (connection.first() && connection.first() != kHello)) {
                 connection.close();
             }
         }
         std::erase_if(strangers, [](auto& link) { return !link || !link->connection.open(); });
-        if (!wrong.empty()) break;
     }
     const bool late = missing > 0 && wrong.empty();
-    if (late) {
-        std::string absent;
-        for (int rank = 1; rank < launch_.ranks; rank++)
-            if (!links_[rank]) absent += (absent.empty() ? "" : ", ") + std::to_string(rank);
-        wrong = "rank " + absent + " of " + std::to_string(launch_.ranks) + " did not come within " +
-                std::to_string(int(timeout_)) + " seconds to port " + std::to_string(launch_.port);
-    }
+    if (late)
+        wrong = absent() + " did not come within " + std::to_string(int(timeout_)) + " seconds to" + port + turned_away;
     if (!wrong.empty()) {
         for (auto& link : links_)
             if (link) link->connection.put(late ? kFailure : kRefusal, wrong), link->connection.flush();
@@ -242,6 +276,11 @@ void Control::send(Link& link, char kind, const std::string& text) {
 void Control::send_all(char kind, const std::string& text) {
     for (auto& link : links_)
         if (link) send(*link, kind, text);
+}
+
+void Control::send_state() {
+    send_all(kState, join({here_.phase, std::to_string(here_.step), std::to_string(here_.collective),
+                           here_.waiting ? "1" : "0", std::to_string(here_.signs)}));
 }
 
 // The first failure is the one that is told: the others follow from it.
@@ -321,17 +360,26 @@ void Control::watch(double time) {
                     " seconds (--timeout): " + describe(culprit->at));
 }
 
+// Whether a failed run's rank has had its time to end.
+bool Control::is_over(double now) const {
+    if (failure_.empty() || leaving_) return false;
+    if (launch_.rank == 0)
+        return holding_ ? now - std::max(failed_at_, moved_) > timeout_ : now - failed_at_ > std::min(kGrace, timeout_);
+    const Link& first = *links_[0];
+    const bool alone = first.left || !first.connection.open() || now - first.heard > timeout_;
+    return !waiting_for_first_ && alone && now - failed_at_ > std::min(kGrace, timeout_);
+}
+
 // Seconds between a rank's words.
 double Control::period() const { return std::min(1.0, timeout_ / 5); }
 
 void Control::serve() {
-    double told = 0;
-    for (std::unique_lock lock(mutex_);;) {
+    double told = 0, before = seconds_now();
+    for (std::unique_lock lock(mutex_);; before = seconds_now()) {
         const double time = seconds_now();
         if (time - told >= period()) {
             told = time;
-            send_all(kState, join({here_.phase, std::to_string(here_.step), std::to_string(here_.collective),
-                                   here_.waiting ? "1" : "0", std::to_string(here_.signs)}));
+            send_state();
             watch(time);
         }
         std::vector<pollfd> polled{{wake_, POLLIN, 0}};
@@ -349,8 +397,8 @@ void Control::serve() {
             of.push_back(link.get());
         }
         if (leaving_ && (!pending || time - leaving_ > kFarewell)) return;
-        if (!failure_.empty() && !leaving_ && time - failed_at_ > std::min(kGrace, timeout_)) {
-            if (tells()) fprintf(stderr, "%s\n", failure_.c_str());
+        if (is_over(time)) {
+            if (tells()) tell(failure_);
             _exit(failed_with_);
         }
         lock.unlock();
@@ -359,6 +407,11 @@ void Control::serve() {
         while (read(wake_, &count, sizeof count) > 0) {
         }
         lock.lock();
+        if (seconds_now() - before > kSilence * period() + period()) { // this machine slept, and others perhaps
+            moved_ = seconds_now();
+            for (auto& link : links_)
+                if (link) link->heard = link->moved = moved_;
+        }
         for (size_t i = 1; i < of.size(); i++)
             if (of[i]->connection.open() && (polled[i].revents & (POLLIN | POLLHUP | POLLERR))) receive(*of[i]);
     }
@@ -390,6 +443,7 @@ std::string Control::broadcast(const std::string& value) {
     if (!failure_.empty()) throw Failure(failed_with_, failure_);
     if (launch_.rank != 0) return next_value(lock, *links_[0]);
     send_all(kValue, value);
+    here_.signs++, moved_ = seconds_now();
     return value;
 }
 
@@ -419,6 +473,7 @@ void Control::end_together() {
 void Control::enter(const std::string& phase, int64_t step) {
     std::lock_guard lock(mutex_);
     here_.phase = phase, here_.step = step, here_.signs++, moved_ = seconds_now();
+    send_state();
 }
 
 void Control::set_timeout(double seconds) {
@@ -463,25 +518,38 @@ void Control::fail(const std::string& what, ExitCode code) {
         send(*links_[0], kFailure, join({std::to_string(code), what}));
 }
 
-// One rank prints what all of them throw: rank 0, or the next if that one can tell nobody any more.
-bool Control::tells() const { return launch_.rank == 0 || (launch_.rank == 1 && !told_); }
+// One rank prints what all of them throw: rank 0, or, if that one can tell nobody any more, the first of each machine,
+// of which one may be gone.
+bool Control::tells() const {
+    if (launch_.rank == 0 || told_) return launch_.rank == 0;
+    for (int other = 1; other < launch_.rank; other++)
+        if (hellos_[other].host == hellos_[launch_.rank].host) return false;
+    return true;
+}
 
 bool Control::failed() {
     std::lock_guard lock(mutex_);
     return !failure_.empty();
 }
 
-void Control::wait_for_first(double seconds) {
+void Control::wait_for_first() {
     if (launch_.rank == 0) return;
     std::unique_lock lock(mutex_);
+    waiting_for_first_ = true;
     const Link& link = *links_[0];
-    changed_.wait_for(lock, std::chrono::duration<double>(seconds),
-                      [&] { return link.left || !link.connection.open(); });
+    while (!link.left && link.connection.open() && seconds_now() - link.heard < timeout_)
+        changed_.wait_for(lock, std::chrono::seconds(1));
 }
 
-std::string Control::failure() {
+void Control::hold(bool on) {
     std::lock_guard lock(mutex_);
-    return failure_;
+    holding_ = on;
+    failed_at_ = seconds_now(); // from now on, if anything has
+}
+
+Failure Control::failure() {
+    std::lock_guard lock(mutex_);
+    return Failure(failed_with_, failure_);
 }
 
 void Control::check() {

@@ -5,10 +5,11 @@
 // Main threads call broadcast(), gather() and barrier() in one order on all ranks. Whatever goes wrong anywhere is told
 // to everybody once, in one line that names the rank: those that wait here throw it (with that rank's exit code), the
 // others find it with check(), and a rank whose main thread does not look for kGrace seconds, or the timeout if that is
-// less, is ended.
+// less, is ended: rank 0 first, whom the others give the time to save what it has.
 #pragma once
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -25,6 +26,7 @@ struct Hello {
     std::string options, weights;
     std::string host, device; // a GPU's UUID; empty in the cpu build, whose ranks share their machine
     int process = 0;
+    std::string wrong; // why this rank cannot take part: all are then refused for it, by BadInput
 };
 
 // What a rank is doing, for the line that says where it was lost.
@@ -71,13 +73,19 @@ public:
 
     void fail(const std::string& what, ExitCode code = kRunFailed); // of this rank, to all
     bool failed();
-    void check();          // throws Failure once anything has failed
-    bool tells() const;    // whether this rank is the one to print it
-    std::string failure(); // in that line; empty: none yet
-    // Elsewhere than on rank 0: until rank 0 has left, for so many seconds at most. Before a rank ends with another
-    // exit code than 0, whereupon mpirun ends all that are there.
-    void wait_for_first(double seconds);
+    void check();       // throws Failure once anything has failed
+    bool tells() const; // whether this rank is the one to print it
+    Failure failure();  // that line; empty: none yet
+    // Elsewhere than on rank 0: until rank 0 has left or does not answer. Before a rank ends with another exit code
+    // than 0, whereupon mpirun ends all that are there.
+    void wait_for_first();
+    // On rank 0: what it does is worth waiting for though the run has failed, for as long as it makes progress.
+    void hold(bool on);
 
+    // Prints a line for the user, where the main thread does not come to it. Set before anything may fail.
+    std::function<void(const std::string&)> tell = [](const std::string& line) {
+        fprintf(stderr, "%s\n", line.c_str());
+    };
     // Called now and then by a main thread that waits for others, here or in Comm.
     std::function<void()> while_waiting = [] {};
 
@@ -97,6 +105,7 @@ private:
     ExitCode failed_with_ = kRunFailed;
     bool told_ = false;  // by rank 0
     bool ended_ = false; // together
+    bool holding_ = false, waiting_for_first_ = false;
     double failed_at_ = 0;
     int stop_ = 0;
     double leaving_ = 0; // since when, or 0
@@ -112,7 +121,9 @@ private:
     double period() const;
     void send(Link& link, char kind, const std::string& text);
     void send_all(char kind, const std::string& text);
+    void send_state();
     void set_failure(const std::string& what, ExitCode code = kRunFailed);
+    bool is_over(double now) const;
     std::string next_value(std::unique_lock<std::mutex>& lock, Link& link);
     std::string name(int rank) const;
 };

@@ -68,15 +68,20 @@ bool all_here(const Reader& reader, const Launch& launch, const char* local_rank
     return reader.has(local_ranks) && reader.number(local_ranks, 1, kMostRanks) == launch.ranks;
 }
 
-std::string run_of(const Reader& reader) {
+// Slurm's step is that of srun alone: what mpirun and torchrun start on several nodes is in a step of each node, or in
+// none.
+std::string run_of(const Reader& reader, const std::string& launcher) {
     if (reader.has("LONGHAND_RUN")) return reader.text("LONGHAND_RUN");
-    const std::string elastic = reader.text("TORCHELASTIC_RUN_ID");
-    if (!elastic.empty() && elastic != "none") // what torchrun says where it was told nothing
+    const std::string job = reader.has("SLURM_JOB_ID") ? "slurm-" + reader.text("SLURM_JOB_ID") : "";
+    if (launcher == "srun") return job + "." + reader.text("SLURM_STEP_ID");
+    if (launcher == "mpirun") {
+        for (const char* name : {"PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID"})
+            if (reader.has(name)) return reader.text(name);
+    } else if (const std::string elastic = reader.text("TORCHELASTIC_RUN_ID");
+               !elastic.empty() && elastic != "none") { // what torchrun says where it was told nothing
         return elastic + "." + reader.text("TORCHELASTIC_RESTART_COUNT");
-    if (reader.has("SLURM_JOB_ID")) return "slurm-" + reader.text("SLURM_JOB_ID") + "." + reader.text("SLURM_STEP_ID");
-    for (const char* name : {"PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID"})
-        if (reader.has(name)) return reader.text(name);
-    return "";
+    }
+    return job;
 }
 
 int port_of(const Reader& reader, const std::string& run) {
@@ -103,12 +108,15 @@ Launch find_launch(const Environment& variable) {
     const Reader reader(variable);
     Launch launch;
     bool here = false;
-    for (const Variables& names : kVariables)
-        if (reader.has(names.rank) || reader.has(names.ranks)) {
-            launch = read_ranks(reader, names);
-            here = all_here(reader, launch, names.local_ranks);
-            break;
-        }
+    for (const Variables& names : kVariables) {
+        if (!reader.has(names.rank) && !reader.has(names.ranks)) continue;
+        // srun sets PMI_RANK, too, if that is how MPI is to find its ranks.
+        if (!reader.has(names.local_rank) && reader.has("SLURM_STEP_ID") && std::string("PMI_RANK") == names.rank)
+            continue;
+        launch = read_ranks(reader, names);
+        here = all_here(reader, launch, names.local_ranks);
+        break;
+    }
     if (launch.launcher.empty() && reader.has("SLURM_PROCID") && reader.has("SLURM_STEP_ID")) {
         const char* ranks = reader.has("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS";
         launch = read_ranks(reader, {"srun", "SLURM_PROCID", ranks, "SLURM_LOCALID", nullptr});
@@ -116,7 +124,7 @@ Launch find_launch(const Environment& variable) {
             first_node(reader.text(reader.has("SLURM_STEP_NODELIST") ? "SLURM_STEP_NODELIST" : "SLURM_JOB_NODELIST"));
     }
     if (launch.ranks == 1) return launch;
-    launch.run = run_of(reader);
+    launch.run = run_of(reader, launch.launcher);
     launch.port = port_of(reader, launch.run);
     if (reader.has("MASTER_ADDR")) launch.address = reader.text("MASTER_ADDR");
     if (launch.address.empty() && here) launch.address = "127.0.0.1";

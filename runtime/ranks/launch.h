@@ -23,8 +23,8 @@ struct Launch {
 //                       such variables, too, but is no task of a step: it runs alone.
 // Rank 0's address is MASTER_ADDR; else under srun the first name of the step's nodes, and this machine where all ranks
 // are on it. Its port is LONGHAND_PORT; else the one behind MASTER_PORT, which torchrun's own store has; else one of
-// 20000 to 31999 by the run. The run is LONGHAND_RUN, TORCHELASTIC_RUN_ID with its count of restarts, the job and step
-// of Slurm, or mpirun's job.
+// 20000 to 31999 by the run. The run is LONGHAND_RUN; else mpirun's job, TORCHELASTIC_RUN_ID with its count of
+// restarts, or srun's step; else Slurm's job.
 //
 // Throws BadInput that names the variable for one that is missing or makes no sense.
 Launch find_launch(const Environment& variable);

@@ -24,8 +24,11 @@ public:
     bool first() const { return launch_.rank == 0; }
     int on_this_machine() const { return local_; }
     Control* control() const { return control_.get(); } // null for one rank
-    // The ranks' communication, for device.comm; null for one rank.
-    std::unique_ptr<Comm> connect(const Device& device);
+    // body(), with the ranks' communication as device.comm; null for one rank. What body() throws is told to the others
+    // and ends the communication before it comes out: what waits for the device when it goes, such as a model, must
+    // have been made outside.
+    void communicate(Device& device, const std::function<void()>& body);
+    ~Ranks();
 
 private:
     explicit Ranks(const std::string& options, double timeout);
