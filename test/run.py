@@ -31,8 +31,8 @@ import sass  # noqa: E402
 PARTS = ["common", "cpu", "cpu-bf16", "asan", "simt", "ranks", "nvcc", "cuda", "python"]
 # What each part may take of the processors, building and testing, in seconds: together the limit of 15 minutes on two
 # cores. A part that takes more is said at the end.
-SHARES = {"common": 70, "cpu": 160, "cpu-bf16": 180, "asan": 220, "simt": 590, "ranks": 120, "nvcc": 190,
-          "python": 270}
+SHARES = {"common": 70, "cpu": 150, "cpu-bf16": 170, "asan": 210, "simt": 580, "ranks": 170, "nvcc": 190,
+          "python": 260}
 PYTHON_BUILDS = ["cpu", "cpu-bf16", "simt", "simt-bf16"]  # whose trainers the Python tests run
 TRAINERS = ["train_gpt2", "train_pythia"]
 CUDA_BUILD, CUDA_ARCH = "cuda-sm90a", "90a"  # compiled, its launches' host side too, and linked, GPU or not
