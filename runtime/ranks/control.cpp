@@ -236,7 +236,8 @@ void Control::join_first(const Hello& own) {
             for (bool open = true; open && !connection.next(kind, text) && seconds_now() < until;) {
                 pollfd ready{connection.fd(), connection.events(), 0};
                 poll(&ready, 1, 100);
-                open = connection.flush() && connection.fill();
+                const bool flushed = connection.flush(); // though not, a refusal may have come
+                open = connection.fill() && flushed;
                 if (!open) connection.next(kind, text);
             }
             if (kind == kRefusal) throw BadInput(where + ": " + text);
