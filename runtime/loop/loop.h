@@ -72,7 +72,7 @@ template <class Config> struct Origin {
 // ranks.
 template <class Make, class Fill>
 void run(Options& options, Ranks& ranks, const Start& start, const Make& make, const Fill& fill) {
-    Device device(options.threads);
+    Device device(options.threads ? options.threads : ranks.threads());
     decltype(make(device, options)) model; // outlives the ranks' communication
     ranks.communicate(device, [&] {
         model = make(device, options);

@@ -33,7 +33,8 @@ Ranks::Ranks(const std::string& options, double timeout)
     const auto& all = control_->hellos();
     local_ = int(std::count_if(all.begin(), all.end(), [&](const Hello& other) { return other.host == own.host; }));
     // A share of the machine's cores, unless the user has said how many.
-    if (local_ > 1 && !std::getenv("OMP_NUM_THREADS")) omp_set_num_threads(std::max(1, omp_get_num_procs() / local_));
+    if (local_ > 1 && !std::getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(threads_ = std::max(1, omp_get_num_procs() / local_));
     control_->while_waiting = [this] {
         pass_on_signals();
         if (const int signal = stop_signal()) control_->request_stop(signal);
