@@ -23,7 +23,7 @@ public:
     int count() const { return launch_.ranks; }
     bool first() const { return launch_.rank == 0; }
     int on_this_machine() const { return local_; }
-    int threads() const { return threads_; } // this rank's share of the machine's; 0: not shared out
+    int threads() const { return threads_; }            // this rank's share of the machine's; 0: not shared out
     Control* control() const { return control_.get(); } // null for one rank
     // body(), with the ranks' communication as device.comm; null for one rank. What body() throws is told to the others
     // and ends the communication before it comes out: what waits for the device when it goes, such as a model, must
