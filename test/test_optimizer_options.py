@@ -159,6 +159,7 @@ def test_each_kind_learns_what_fp32_learns(data, tmp_path, family, precision):
 def test_the_bytes_of_a_parameter(data, tmp_path):
     """Of 12 million parameters in matrices, by what the process keeps resident."""
     count = 12 * 4 * 512**2
+    others = (13 * 4 + 2 + 128 + 32) * 512  # vectors, and embeddings of a padded vocabulary
     peaks = {}
     for rule in ("adamw", "lion"):
         for state in ("fp32", "bf16", "int8"):
@@ -169,4 +170,5 @@ def test_the_bytes_of_a_parameter(data, tmp_path):
     for rule, states in (("adamw", 2), ("lion", 1)):
         for state, each in (("bf16", 2), ("int8", 1 + 4 / 256)):
             saved = peaks[rule, "fp32"] - peaks[rule, state]
-            assert abs(saved - states * (4 - each)) < 0.15, peaks
+            params = 1 + (others if state == "bf16" else 0) / count  # int8 leaves the others' states in fp32
+            assert abs(saved - states * (4 - each) * params) < 0.15, peaks
